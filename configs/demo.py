@@ -1,0 +1,41 @@
+"""Quick start: a 1.2M-parameter SDAR learns arithmetic from imperfect solutions, then from rewards, on two CPU cores.
+
+    tracerl demo            (or: tracerl rl --config demo)
+
+Half of the worked solutions leave out the last number. Supervised training imitates that; TraceRL, rewarded for
+the true answer only, unlearns it. Expected: 45% -> 80% of
+256 held-out problems (dynamic decoding), 1.3 -> 1.7 tokens per denoise step, in about four minutes.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg=None):
+    return ConfigDict(
+        {
+            "name": "demo",
+            "model": {"preset": "sdar_demo"},
+            "task": {
+                "name": "arithmetic",
+                "options": {"min_operands": 3, "max_operands": 3, "digits": 1, "shortcuts": 50,
+                            "train_count": 1300, "test_count": 256},
+            },
+            "sft": {
+                "steps": 400, "sequences_per_update": 64, "row_length": 512, "rows_per_device": 4,
+                "max_response_tokens": 32, "log_every": 25,
+                "optimizer": {"learning_rate": 3e-3, "warmup_updates": 20, "schedule": "cosine", "end_scale": 0.1},
+            },
+            "rollout": {"prompts_per_step": 16, "samples_per_prompt": 16, "slots_per_device": 256, "max_tokens": 32},
+            "rl": {
+                "steps": 24, "minibatches": 2, "row_length": 512, "rows_per_device": 4,
+                # Small groups of an easy task: drop only those that are all right or all wrong.
+                "accuracy_low": 0.01, "accuracy_high": 0.99,
+                # One update moves a small model far: the k3 penalty explodes on the few tokens that become unlikely.
+                "kl_coef": 0.0,
+                "optimizer": {"learning_rate": 3e-4, "warmup_updates": 4},
+            },
+            "value": {"enabled": True, "optimizer": {"learning_rate": 5e-4}},
+            "eval": {"every": 0},
+            "checkpoint": {"every": 10, "sft_every": 400},
+        }
+    )  # fmt: skip

@@ -1,0 +1,122 @@
+"""What the sub-commands of `tracerl` share: the parser, the handling of `--config`, and training."""
+
+import argparse
+import difflib
+import json
+import shlex
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any, NoReturn, TypeVar
+
+from tracerl_jax.errors import UserError
+
+Schema = TypeVar("Schema")
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Argument parser whose mistakes are `UserError`s with a suggestion.
+
+    The description is filled to the terminal's width, paragraph by paragraph; the epilog is shown as it is.
+    """
+
+    def __init__(self, *, prog: str, description: str = "", epilog: str | None = None):
+        width = min(shutil.get_terminal_size().columns, 100)
+        description = "\n\n".join(textwrap.fill(" ".join(part.split()), width) for part in description.split("\n\n"))
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.config_flags: list[str] = []  # --config.KEY of every key, filled by add_config_arguments
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse; `args.overrides` holds the `--config.KEY=VALUE` flags in order."""
+        argv, overrides = split_overrides(argv)
+        args, unknown = self.parse_known_args(argv)
+        flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        if overrides and not self.config_flags:
+            flags.append(overrides[0].partition("=")[0])
+        if flags:
+            self.error(f"unknown flag {flags[0]}{self._suggest(flags[0])}")
+        if unknown:
+            self.error(f"unexpected argument {unknown[0]}")
+        args.overrides = overrides
+        return args
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}\n{self.prog} --help lists what it takes")
+
+    def _suggest(self, flag: str) -> str:
+        own = [option for action in self._actions for option in action.option_strings]
+        name = flag.lstrip("-")
+        same_key = [known for known in self.config_flags if known.endswith(f".{name}")]
+        close = same_key or difflib.get_close_matches(flag, own + self.config_flags, n=1)
+        return "; did you mean " + " or ".join(close[:3]) + "?" if close else ""
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take `--config.KEY=VALUE` and `--config.KEY VALUE` out of a command line: (the rest, ["--config.KEY=VALUE"])."""
+    rest, overrides = [], []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("--config."):
+            rest.append(word)
+            continue
+        if "=" not in word:
+            value = next(words, None)
+            if value is None or value.startswith("--"):
+                raise UserError(f"{word}: needs a value, as in {word}=VALUE")
+            word = f"{word}={value}"
+        overrides.append(word)
+    return rest, overrides
+
+
+def add_config_arguments(parser: CommandParser, schema: type, default: str | None = None) -> None:
+    """Add `--config`, `--config.KEY=VALUE` and `--print_config`, and list the keys of `schema` below the help."""
+    from tracerl_jax.config_io import FLAG, describe, installed_configs, keys_of
+
+    shown = f"default: {default}" if default else "required"
+    parser.add_argument(
+        "--config",
+        metavar="FILE[:ARG]",
+        default=default,
+        required=default is None,
+        help=f"a config file, or one of: {', '.join(installed_configs())} ({shown}); "
+        f"{FLAG}KEY=VALUE sets single keys, which are listed below",
+    )
+    parser.add_argument("--print_config", action="store_true", help="print the resolved config as JSON and exit")
+    parser.config_flags += [FLAG + key for key in keys_of(schema)]
+    keys = f"config keys, their defaults and types (in the file, or {FLAG}KEY=VALUE):\n\n{describe(schema)}"
+    parser.epilog = f"{parser.epilog}\n\n{keys}" if parser.epilog else keys
+
+
+def resolve(args: argparse.Namespace, schema: type[Schema]) -> Schema:
+    """The config that the flags ask for. With `--print_config`, prints it and exits with status 0.
+
+    Raises:
+        ConfigError: see `config_io.load_config`.
+    """
+    from tracerl_jax.config_io import load_config, to_dict
+
+    config = load_config(schema, args.config, args.overrides)
+    if args.print_config:
+        print(json.dumps(to_dict(config), indent=2))
+        raise SystemExit(0)
+    return config
+
+
+def train_and_describe(command: str, args: argparse.Namespace, config: Any) -> None:
+    """Train and print where the results are; when interrupted, print the command line that goes on, and raise."""
+    from tracerl_jax.training.pipeline import describe_summary, train
+
+    try:
+        summary = train(config)
+    except KeyboardInterrupt:
+        again = shlex.join(["tracerl", command, "--config", args.config, *args.overrides])
+        print(f"\nto go on: {again}", file=sys.stderr)
+        raise
+    print(describe_summary(summary))

@@ -1,0 +1,28 @@
+"""tracerl sft: supervised training only."""
+
+import argparse
+import dataclasses
+
+from tracerl_jax.launch.common import add_config_arguments, resolve, train_and_describe
+
+HELP = """Supervised fine-tuning with block-diffusion masks (sft.method semi_ar or trace), evaluation before and after,
+and the result as a Hugging Face folder. The same command continues a run that was interrupted."""
+
+EPILOG = """examples:
+  tracerl sft --config configs/sft_sdar_4b.py --config.model.path=SDAR-4B-Chat --config.sft.path=rows.jsonl
+  tracerl sft --config demo --config.name=warmup --config.sft.steps=300"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from tracerl_jax.config import RunConfig
+
+    add_config_arguments(parser, RunConfig)
+
+
+def run(args: argparse.Namespace) -> int:
+    from tracerl_jax.config import RunConfig
+
+    config = resolve(args, RunConfig)
+    config = dataclasses.replace(config, rl=dataclasses.replace(config.rl, steps=0))
+    train_and_describe("sft", args, config)
+    return 0

@@ -1,0 +1,57 @@
+"""The compiled decoding loop on meshes: the cache is updated in place, and the platform's kernel reads it."""
+
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from tracerl_jax.models import Model, ModelConfig
+from tracerl_jax.parallel.mesh import make_mesh
+from tracerl_jax.parallel.sharding import param_shardings
+from tracerl_jax.plan.topology import compile_devices, missing_compiler, parse_topology
+from tracerl_jax.rollout.engine import Engine, Request, SamplingOptions
+
+ROWS, LENGTH = 32, 16384
+CONFIG = ModelConfig(vocab_size=256, width=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=128, mlp_width=64,
+                     mask_token_id=255, eos_token_id=1, pad_token_id=1, stop_token_ids=(1,), block_size=4,
+                     dtype="bfloat16")  # fmt: skip
+
+
+def compiled_decode(mesh, platform, dtype):
+    """(the program that decodes ROWS rows of up to LENGTH tokens, shape of a chip's part of the keys)."""
+    model = Model(CONFIG.replace(dtype=dtype), mesh=mesh)
+    params = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        model.abstract_params(), param_shardings(model, mesh),
+    )  # fmt: skip
+    prompt, options = np.array([2, 3, 4, 5]), SamplingOptions(max_tokens=LENGTH - 4, temperature=1.0)
+    requests = [Request(prompt, options, sample_index=i) for i in range(ROWS)]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        traced = Engine(model, params, batch_size=ROWS).traced(requests)["decode"]
+        compiled = traced.lower(lowering_platforms=(platform,)).compile()
+    rows, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
+    return compiled, (CONFIG.num_layers, ROWS // rows, CONFIG.num_kv_heads // tensor, LENGTH, CONFIG.head_dim)
+
+
+@pytest.mark.parametrize("topology, sizes", [("v5p:2x2x1", (1, 2, 2)), ("h100:8", (2, 2, 2)), ("cpu", (2, 2, 2))])
+def test_the_loop_updates_the_cache_in_place(topology, sizes):
+    if topology == "cpu":
+        platform, devices, dtype = "cpu", jax.devices()[: math.prod(sizes)], "float32"
+    else:
+        platform, dtype = parse_topology(topology).chip.platform, "bfloat16"
+        if missing := missing_compiler(platform):
+            pytest.skip(missing)
+        devices = compile_devices(topology)
+    compiled, shape = compiled_decode(make_mesh(*sizes, devices=devices), platform, dtype)
+    part = math.prod(shape) * (4 if dtype == "float32" else 2)
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < part / 8
+    assert memory.alias_size_in_bytes >= 2 * part
+    text = compiled.as_text()
+    dims = ",".join(map(str, shape))
+    assert re.search(rf"\[{dims}\].* (?:fusion|dynamic-update-slice)\(", text)
+    assert not re.search(rf"\w\[{dims}\]\S* (?:copy|transpose)\(", text)
+    if platform == "tpu":
+        assert re.search(r'decode_attention\S* = .*custom_call_target="tpu_custom_call"', text)

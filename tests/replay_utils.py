@@ -1,0 +1,111 @@
+"""Shared by the replay tests: golden cases as training rows, and visibility as dense masks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import NamedTuple
+
+import numpy as np
+
+from tracerl_jax.diffusion.packing import PackedRows
+from tracerl_jax.diffusion.replay import ReplayItem, masking_item, trace_item
+from tracerl_jax.diffusion.rounds import pad_response, round_rows, trace_states
+
+
+class Case(NamedTuple):
+    """One case of tracerl.npz, value.npz or sft.npz; lists have one entry per item (coupled: each sequence twice)."""
+
+    meta: dict
+    data: dict  # its arrays
+    prompts: list
+    responses: list  # padded to L1
+    steps: list
+    masks: list | None  # random masks instead of steps
+    rows: PackedRows  # the reference's rows
+
+    def items(self) -> list[ReplayItem]:
+        """The same training problem on the response-aligned grid, to be packed."""
+        common = dict(block_size=self.meta["block_size"], mask_id=self.meta["mask_id"], alignment="response")
+        kept = [np.zeros(len(r), np.float32) for r in self.responses]
+        for item, pos in zip(self.rows.target_item.ravel(), self.rows.target_pos.ravel(), strict=True):
+            if item >= 0:
+                kept[item][pos] = 1
+        if self.masks is not None:
+            return [
+                masking_item(p, r, m, weights=w, **common)
+                for p, r, m, w in zip(self.prompts, self.responses, self.masks, kept, strict=True)
+            ]
+        return [
+            trace_item(p, r, s, weights=w, shrink=self.meta["shrink"], **common)
+            for p, r, s, w in zip(self.prompts, self.responses, self.steps, kept, strict=True)
+        ]
+
+    def golden_row(self, rows: PackedRows) -> np.ndarray:
+        """[N,P]: for every target of `rows` the golden row that trains it; 0 at padding."""
+        index = np.zeros((len(self.prompts), self.rows.target_round.max() + 1), int)
+        index[self.rows.target_item[:, 0], self.rows.target_round[:, 0]] = np.arange(len(self.rows.ids))
+        return np.where(rows.target_item >= 0, index[rows.target_item, rows.target_round], 0)
+
+
+def load_case(arrays, file: str, name: str) -> Case:
+    meta = json.loads(str(arrays(file)["meta"]))[name]
+    data = arrays(file, name)
+    L1, pad_id = meta["L1"], meta["pad_id"]
+    dataset = arrays(file, f"ds.{meta['dataset']}")
+    prompts = _lists(dataset, "prompts")
+    padded = [
+        pad_response(ids, steps, length=L1, pad_id=pad_id)
+        for ids, steps in zip(_lists(dataset, "responses"), _lists(dataset, "steps"), strict=True)
+    ]
+    responses = [ids for ids, _ in padded]
+    steps = [steps if meta.get("recorded_steps", True) else np.arange(L1) for _, steps in padded]
+    masks = None
+    if meta.get("method") in ("random_masking", "coupled", "semi-ar"):
+        masks = list(data["draw_mask"])
+        if meta["method"] == "coupled":
+            masks, prompts, responses, steps = masks + [~m for m in masks], prompts * 2, responses * 2, steps * 2
+        states = [[(mask, mask)] for mask in masks]
+    else:
+        states = [
+            trace_states(len(p), s, block_size=meta["block_size"], shrink=meta["shrink"])
+            for p, s in zip(prompts, steps, strict=True)
+        ]
+    rows = round_rows(
+        prompts, responses, states, block_size=meta["block_size"], mask_id=meta["mask_id"], pad_id=pad_id,
+        post_num=meta["post_num"],
+    )  # fmt: skip
+    return Case(meta, data, prompts, responses, steps, masks, rows)
+
+
+def case_names(file: str) -> list[str]:
+    prefix, count = {"tracerl": ("t", 13), "value": ("v", 7), "sft": ("f", 6)}[file]
+    return [f"{prefix}{i:02}" for i in range(count)]
+
+
+def visible(rows: PackedRows) -> np.ndarray:
+    """[N,T,T] bool: which columns each token sees."""
+    s1, e1, s2, e2 = (rows.intervals[..., i, None] for i in range(4))
+    columns = np.arange(rows.ids.shape[1])
+    return ((columns >= s1) & (columns < e1)) | ((columns >= s2) & (columns < e2))
+
+
+def target_mask(rows: PackedRows, length: int) -> np.ndarray:
+    """[N,length] bool: response positions that are targets of the row."""
+    mask = np.zeros((len(rows.ids), length), bool)
+    n, slot = np.nonzero(rows.target_item >= 0)
+    mask[n, rows.target_pos[n, slot]] = True
+    return mask
+
+
+def fill_up(rows: PackedRows, shape: tuple[int, int, int]) -> PackedRows:
+    """The same rows with padding up to N, T, P: one shape, one compilation."""
+    filled = PackedRows.empty(*shape, rows.response_lens)
+    for field in dataclasses.fields(rows)[:-1]:
+        old, new = getattr(rows, field.name), getattr(filled, field.name)
+        new[tuple(map(slice, old.shape))] = old
+    return filled
+
+
+def _lists(dataset: dict, name: str) -> list[np.ndarray]:
+    return [row[:n] for row, n in zip(dataset[name], dataset[f"{name}_len"], strict=True)]

@@ -1,0 +1,110 @@
+"""The registry, the weighted sum, and what happens when a reward has no verdict or raises."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from tracerl_jax.errors import ConfigError
+from tracerl_jax.rewards import get_reward, register_reward, registry, score
+
+
+@pytest.fixture
+def define(monkeypatch):
+    """Registers rewards for one test only."""
+    monkeypatch.setattr(registry, "_REWARDS", dict(registry._REWARDS))
+    return lambda name, function: register_reward(name)(function)
+
+
+def test_unknown_and_taken_names(define):
+    with pytest.raises(ConfigError, match=r"unknown reward 'boxed_maths'; did you mean 'boxed_math'\?"):
+        get_reward("boxed_maths")
+    with pytest.raises(ConfigError, match="unknown reward 'zzz'; registered: ascii_share, boxed_math, exact_match"):
+        score({"zzz": 1.0}, ["p"], ["c"], [{}])
+    with pytest.raises(ConfigError, match="already registered"):
+        define("exact_match", lambda prompts, completions, **columns: [])
+
+
+def test_weighted_sum_and_columns(define):
+    seen = {}
+
+    def length(prompts, completions, **columns):
+        seen.update(columns)
+        return [len(text) for text in completions]
+
+    define("length", length)
+    result = score(
+        {"length": 0.5, "exact_match": 2.0},
+        ["p", "q"],
+        ["1#22", "333"],
+        [{"ground_truth_answer": "22", "level": 3}, {"ground_truth_answer": "4"}],
+    )
+    assert seen == {"ground_truth_answer": ["22", "4"], "level": [3, None]}
+    np.testing.assert_array_equal(result.total, [0.5 * 4 + 2.0, 0.5 * 3])
+    np.testing.assert_array_equal(result.by_name["exact_match"], [1, 0])
+    assert result.no_verdict == 0 and result.errors == {"length": 0, "exact_match": 0}
+
+
+def test_no_verdict_is_not_zero(define):
+    define("odd", lambda prompts, completions, **columns: [1.0, None, float("nan"), float("inf")])
+    arguments = [list("pppp"), list("1234"), [{"ground_truth_answer": text} for text in "1234"]]
+    result = score({"odd": 0.5, "exact_match": 1.0}, *arguments)
+    np.testing.assert_array_equal(result.total, [1.5, np.nan, np.nan, np.nan])
+    assert result.no_verdict == 3
+    unweighted = score({"odd": 0.0, "exact_match": 1.0}, *arguments)
+    np.testing.assert_array_equal(unweighted.total, [1, 1, 1, 1])
+    np.testing.assert_array_equal(unweighted.by_name["odd"], [1, np.nan, np.nan, np.nan])
+
+
+def test_a_raising_reward_loses_only_its_samples(define, caplog):
+    def fragile(prompts, completions, *, ground_truth_answer, **columns):
+        return [float(int(text) == int(gold)) for text, gold in zip(completions, ground_truth_answer, strict=True)]
+
+    define("fragile", fragile)
+    rows = [{"ground_truth_answer": gold} for gold in ("1", "2", "x", "4")]
+    with caplog.at_level(logging.WARNING):
+        result = score({"fragile": 1.0}, ["p"] * 4, ["1", "3", "3", "four"], rows)
+    np.testing.assert_array_equal(result.total, [1, 0, np.nan, np.nan])
+    assert result.errors == {"fragile": 2}
+    assert [record.message for record in caplog.records] == [
+        'reward fragile raised on 2 of 4 samples (no verdict for them): '
+        """ValueError("invalid literal for int() with base 10: 'x'")"""
+    ]
+
+
+@pytest.mark.parametrize("values", [[1.0], [1.0, 2.0, 3.0], "ab", None, 3.0, [[1.0], [2.0]]])
+def test_a_malformed_result_is_an_error_not_a_score(define, values):
+    define("malformed", lambda prompts, completions, **columns: values if len(prompts) == 2 else "?")
+    result = score({"malformed": 1.0}, ["p", "q"], ["1", "2"], [{}, {}])
+    assert np.isnan(result.total).all() and result.errors == {"malformed": 2}
+
+
+def test_interrupt_is_not_swallowed(define):
+    def interrupted(prompts, completions, **columns):
+        raise KeyboardInterrupt
+
+    define("interrupted", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        score({"interrupted": 1.0}, ["p"], ["c"], [{}])
+
+
+@pytest.mark.parametrize(
+    "text, gold, value",
+    [
+        ("37+58=95;95-19=76#76", "76", 1.0),
+        ("37+58=95;95-19=76#75", "76", 0.0),
+        ("the sum\n#### 76 \n", "76", 1.0),
+        ("76", 76, 1.0),
+        ("76#", "76", 0.0),
+        ("#7 6", "7  6", 1.0),
+        ("", "76", 0.0),
+        ("76", None, None),
+    ],
+)
+def test_exact_match(text, gold, value):
+    assert get_reward("exact_match")(["p"], [text], ground_truth_answer=[gold]) == [value]
+    assert get_reward("exact_match")(["p"], [text]) == [None]
+
+
+def test_ascii_share_varies_on_any_text():
+    assert score({"ascii_share": 1.0}, ["", "", ""], ["aé1ü", "", "77"], [{}, {}, {}]).total.tolist() == [0.5, 0.0, 1.0]

@@ -1,0 +1,282 @@
+"""The schema of a run: frozen dataclasses with defaults, checked when they are built.
+
+Files in configs/ return an `ml_collections.ConfigDict` naming a subset of these fields; `--config.group.field=value`
+overrides any of them (see `config_io`). Library code takes these dataclasses and never sees flags.
+"""
+# ruff: noqa: RUF009  (_doc is dataclasses.field with its documentation)
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tracerl_jax.errors import ConfigError
+
+
+def _doc(default, text: str):
+    """A field with its one-line explanation, shown by `--help`."""
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"doc": text})
+    return field(default=default, metadata={"doc": text})
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _require_positive(section, group: str, *names: str) -> None:
+    for name in names:
+        _require(getattr(section, name) >= 1, f"{group}.{name} is {getattr(section, name)}, must be at least 1")
+
+
+def _require_not_negative(section, group: str, *names: str) -> None:
+    for name in names:
+        _require(getattr(section, name) >= 0, f"{group}.{name} is {getattr(section, name)}, must not be negative")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: float = _doc(1e-6, "peak learning rate of AdamW")
+    schedule: Literal["constant", "cosine", "linear"] = _doc("constant", "shape after the warm-up, over the whole run")
+    warmup_updates: int = _doc(0, "updates of linear warm-up")
+    end_scale: float = _doc(0.0, "final learning rate as a fraction of the peak (cosine, linear)")
+    b1: float = _doc(0.9, "AdamW first moment decay")
+    b2: float = _doc(0.999, "AdamW second moment decay")
+    eps: float = _doc(1e-8, "AdamW epsilon")
+    weight_decay: float = _doc(0.0, "decoupled weight decay of matrices (never of norms and biases)")
+    max_grad_norm: float = _doc(1.0, "global norm clipping, 0 switches it off")
+
+    def __post_init__(self):
+        _require(self.learning_rate >= 0, f"learning_rate is {self.learning_rate}, must not be negative")
+        _require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"b1={self.b1}, b2={self.b2} must lie in [0, 1)")
+        _require(self.warmup_updates >= 0, f"warmup_updates is {self.warmup_updates}, must not be negative")
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    path: str | None = _doc(None, "Hugging Face folder to start from")
+    preset: str | None = _doc(None, "architecture to initialise at random instead of `path`")
+    tokenizer: str | None = _doc(None, "tokenizer folder, default: `path`")
+    dtype: Literal["float32", "bfloat16"] = _doc("float32", "compute dtype; parameters are always float32")
+    remat: Literal["none", "full", "dots"] = _doc("none", "what the backward pass recomputes in each layer")
+    scan_layers: bool = _doc(True, "lax.scan over layers; False unrolls them (debugging, same results)")
+    attention: str | None = _doc(None, "name of an attention implementation, default: chosen per backend")
+
+
+@dataclass(frozen=True)
+class MeshSection:
+    data: int = _doc(-1, "devices along the data axis, -1: all that remain")
+    fsdp: int = _doc(1, "devices that share parameters and optimizer state (and the batch)")
+    tensor: int = _doc(1, "devices that share heads, MLP and vocabulary")
+
+    def __post_init__(self):
+        for name in ("data", "fsdp", "tensor"):
+            size = getattr(self, name)
+            _require(size == -1 or size >= 1, f"mesh.{name} is {size}, must be at least 1, or -1: all that remain")
+
+
+@dataclass(frozen=True)
+class TaskSection:
+    name: str = _doc("arithmetic", "task of the registry (tracerl_jax.data.tasks)")
+    path: str | None = _doc(None, "training rows (JSONL file or hub:NAME[:SPLIT]), for tasks read from a file")
+    eval_path: str | None = _doc(None, "held-out rows (JSONL file or hub:NAME[:SPLIT])")
+    template: str | None = _doc(None, "prompt template, default: the task's")
+    rewards: dict[str, float] = _doc({}, "reward name -> weight, default: the task's")
+    max_prompt_tokens: int = _doc(256, "longer prompts are bad rows")
+    on_bad_row: Literal["fail", "skip"] = _doc("fail", "what to do with unusable rows")
+    train_limit: int | None = _doc(None, "use only the first rows for training")
+    options: dict[str, int] = _doc({}, "parameters of procedural tasks (see the task)")
+
+
+@dataclass(frozen=True)
+class SFTSection:
+    steps: int = _doc(0, "updates of supervised warm-up before RL; 0: none")
+    method: Literal["semi_ar", "trace"] = _doc("semi_ar", "random masks inside blocks, or replay of a decoding order")
+    path: str | None = _doc(None, "rows with prompt/response (and step_map for `trace`), default: the task's solutions")
+    sequences_per_update: int = _doc(64, "responses per optimizer update")
+    rows_per_device: int = _doc(8, "packed rows that a device (of the data and fsdp axes) takes per forward/backward")
+    row_length: int = _doc(512, "tokens of a packed row")
+    max_response_tokens: int = _doc(256, "longer responses are bad rows")
+    mask_low: float = _doc(0.1, "lowest mask ratio, drawn per block")
+    mask_high: float = _doc(1.0, "highest mask ratio")
+    inverse_ratio_weight: bool = _doc(False, "weight targets by 1 / mask ratio (the diffusion ELBO)")
+    shrink: int = _doc(1, "steps merged into one replay group (method trace)")
+    log_every: int = _doc(10, "updates between metric rows")
+    optimizer: OptimizerConfig = _doc(OptimizerConfig(learning_rate=1e-5), "AdamW of the warm-up")
+
+    def __post_init__(self):
+        _require_not_negative(self, "sft", "steps")
+        _require_positive(
+            self, "sft", "sequences_per_update", "rows_per_device", "row_length", "max_response_tokens", "shrink",
+            "log_every",
+        )  # fmt: skip
+        _require(
+            0 < self.mask_low <= self.mask_high <= 1,
+            f"need 0 < sft.mask_low <= sft.mask_high <= 1, got {self.mask_low} and {self.mask_high}",
+        )
+
+
+@dataclass(frozen=True)
+class RolloutSection:
+    prompts_per_step: int = _doc(64, "problems per RL step")
+    samples_per_prompt: int = _doc(16, "responses per problem (the group)")
+    slots_per_device: int = _doc(64, "sequences that one copy of the weights (see `tensor`) decodes together")
+    tensor: int | None = _doc(None, "devices that share one copy of the weights in decoding, default: mesh.tensor")
+    block_size: int | None = _doc(None, "block size, default: the model's")
+    denoising_steps: int | None = _doc(None, "schedule length S, default: the block size")
+    strategy: str = _doc("dynamic", "reveal strategy: static, dynamic, sequential, entropy_bounded")
+    threshold: float = _doc(0.9, "confidence above which `dynamic` reveals")
+    entropy_bound: float = _doc(0.35, "bound of `entropy_bounded`")
+    max_tokens: int = _doc(256, "completion limit")
+    temperature: float = _doc(1.0, "sampling temperature, 0: greedy")
+    top_k: int = _doc(0, "0: off")
+    top_p: float = _doc(1.0, "1: off")
+    truncated_is_wrong: bool = _doc(True, "a completion cut at max_tokens gets reward 0 (the reference's rule)")
+
+    def __post_init__(self):
+        _require_positive(self, "rollout", "prompts_per_step", "samples_per_prompt", "slots_per_device", "max_tokens")
+        _require(self.tensor is None or self.tensor >= 1, f"rollout.tensor is {self.tensor}, must be at least 1")
+
+
+@dataclass(frozen=True)
+class RLSection:
+    steps: int = _doc(100, "RL steps; 0: supervised training only")
+    method: Literal["tracerl", "random_masking", "coupled"] = _doc("tracerl", "which states of a response are replayed")
+    block_size: int | None = _doc(None, "block size of the objective, default: the rollout's")
+    shrink: int = _doc(1, "consecutive denoise steps merged into one replay group")
+    mask_low: float = _doc(0.1, "lowest mask ratio (random_masking, coupled)")
+    mask_high: float = _doc(0.9, "highest mask ratio (random_masking, coupled)")
+    advantage: Literal["group_zscore", "leave_one_out"] = _doc("group_zscore", "baseline inside a group")
+    accuracy_low: float = _doc(0.2, "groups below this accuracy are dropped")
+    accuracy_high: float = _doc(0.8, "groups above this accuracy are dropped")
+    clip_low: float = _doc(0.2, "ratio clipped below at 1 - clip_low")
+    clip_high: float = _doc(0.2, "ratio clipped above at 1 + clip_high")
+    kl_coef: float = _doc(0.01, "weight of the KL penalty")
+    kl_estimator: Literal["k1", "k2", "k3"] = _doc("k3", "KL estimator")
+    kl_to: Literal["old", "reference"] = _doc("old", "policy at the start of the step, or the frozen initial policy")
+    normaliser: Literal["tokens", "sequences", "constant", "reference"] = _doc("tokens", "denominator of the loss")
+    normaliser_constant: int | None = _doc(None, "length for `constant`, default: rollout.max_tokens")
+    old_logprobs: Literal["rollout", "recompute"] = _doc("rollout", "the sampler's, or a forward before the update")
+    importance_cap: float = _doc(0.0, "truncate behaviour importance weights here; 0: no weights")
+    minibatches: int = _doc(1, "optimizer updates per pass over the step's responses")
+    epochs: int = _doc(1, "passes over the step's responses")
+    row_length: int = _doc(2048, "tokens of a packed row")
+    rows_per_device: int = _doc(4, "packed rows that a device (of the data and fsdp axes) takes per forward/backward")
+    max_skipped_updates: int = _doc(5, "stop after this many non-finite updates in a row")
+    optimizer: OptimizerConfig = _doc(OptimizerConfig(), "AdamW of the policy")
+
+    def __post_init__(self):
+        _require_not_negative(self, "rl", "steps", "clip_low", "clip_high", "kl_coef", "importance_cap")
+        _require_positive(
+            self, "rl", "shrink", "minibatches", "epochs", "row_length", "rows_per_device", "max_skipped_updates"
+        )
+        _require(
+            0 <= self.accuracy_low <= self.accuracy_high <= 1,
+            f"need 0 <= rl.accuracy_low <= rl.accuracy_high <= 1, got {self.accuracy_low} and {self.accuracy_high}",
+        )
+        _require(
+            0 < self.mask_low <= self.mask_high <= 1,
+            f"need 0 < rl.mask_low <= rl.mask_high <= 1, got {self.mask_low} and {self.mask_high}",
+        )
+        _require(
+            self.method == "tracerl" or self.old_logprobs == "recompute",
+            f"rl.method={self.method} scores other states than the sampler visited: set rl.old_logprobs=recompute",
+        )
+        _require(
+            self.importance_cap == 0 or self.method == "tracerl",
+            "rl.importance_cap compares with the sampler's log-probs: it needs rl.method=tracerl",
+        )
+
+
+@dataclass(frozen=True)
+class ValueSection:
+    enabled: bool = _doc(False, "train a diffusion value model and use per-token GAE advantages")
+    path: str | None = _doc(None, "Hugging Face folder of the value backbone, default: the policy's initial weights")
+    shared_trunk: bool = _doc(False, "a head on the policy's (frozen) features instead of a second model")
+    train_every: int = _doc(1, "RL steps between value updates")
+    clip: float = _doc(0.2, "clipping range of the value loss")
+    gamma: float = _doc(1.0, "discount per denoise step")
+    lam: float = _doc(1.0, "GAE lambda")
+    whiten: bool = _doc(False, "normalise the advantages of a step to zero mean and unit deviation")
+    optimizer: OptimizerConfig = _doc(OptimizerConfig(learning_rate=5e-6), "AdamW of the value model")
+
+    def __post_init__(self):
+        _require_positive(self, "value", "train_every")
+        for name in ("gamma", "lam"):
+            _require(0 <= getattr(self, name) <= 1, f"value.{name} is {getattr(self, name)}, must lie in [0, 1]")
+
+
+@dataclass(frozen=True)
+class EvalSection:
+    every: int = _doc(10, "RL steps between evaluations; 0: only before and after")
+    limit: int | None = _doc(None, "held-out problems used, default: all")
+    samples_per_prompt: int = _doc(1, "answers per problem")
+    strategies: tuple[str, ...] = _doc(("dynamic", "static"), "decoding protocols: dynamic, static")
+    max_tokens: int | None = _doc(None, "completion limit, default: rollout.max_tokens")
+    threshold: float | None = _doc(None, "threshold of `dynamic`, default: rollout.threshold")
+    temperature: float = _doc(1.0, "temperature of `dynamic` (static is greedy)")
+
+    def __post_init__(self):
+        _require_not_negative(self, "eval", "every")
+        _require_positive(self, "eval", "samples_per_prompt")
+
+
+@dataclass(frozen=True)
+class CheckpointSection:
+    every: int = _doc(10, "RL steps between checkpoints")
+    sft_every: int = _doc(200, "updates between checkpoints of the warm-up")
+    keep_last: int = _doc(2, "newest checkpoints kept")
+    keep_every: int | None = _doc(None, "also keep every checkpoint whose RL step is a multiple of this")
+
+    def __post_init__(self):
+        _require_positive(self, "checkpoint", "every", "sft_every", "keep_last")
+        _require(
+            self.keep_every is None or self.keep_every >= 1,
+            f"checkpoint.keep_every is {self.keep_every}, must be at least 1",
+        )
+
+
+@dataclass(frozen=True)
+class ReportSection:
+    samples_per_step: int = _doc(16, "rollouts written to samples.jsonl per RL step")
+    tensorboard: bool = _doc(False, "also write TensorBoard events")
+    wandb: bool = _doc(False, "also log to Weights & Biases")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str = _doc("run", "folder below runs_dir; an existing run with this name is continued")
+    runs_dir: str = _doc("runs", "where run folders live")
+    seed: int = _doc(0, "seed of every random number of the run")
+    model: ModelSection = _doc(ModelSection(), "where the weights come from")
+    mesh: MeshSection = _doc(MeshSection(), "device mesh")
+    task: TaskSection = _doc(TaskSection(), "problems and rewards")
+    sft: SFTSection = _doc(SFTSection(), "supervised warm-up")
+    rollout: RolloutSection = _doc(RolloutSection(), "decoding during RL")
+    rl: RLSection = _doc(RLSection(), "objective and update")
+    value: ValueSection = _doc(ValueSection(), "diffusion value model")
+    eval: EvalSection = _doc(EvalSection(), "held-out evaluation")
+    checkpoint: CheckpointSection = _doc(CheckpointSection(), "Orbax checkpoints")
+    report: ReportSection = _doc(ReportSection(), "what is written for people")
+
+    def __post_init__(self):
+        _require(
+            (self.model.path is None) != (self.model.preset is None),
+            "set exactly one of model.path (a Hugging Face folder) and model.preset (random weights)",
+        )
+        _require(0 <= self.seed < 2**32, f"seed is {self.seed}, must lie in [0, 2**32)")
+        self.check_states()
+        _require(
+            not self.value.enabled or self.rl.method == "tracerl",
+            f"value.enabled needs the states of a trace: set rl.method=tracerl (it is {self.rl.method})",
+        )
+
+    def check_states(self, model_block_size: int | None = None) -> None:
+        """Raises ConfigError when the sampler's log-probs are wanted for states it did not visit.
+
+        Without the model's block size an `rl.block_size` beside `rollout.block_size=None` is taken to be the same.
+        """
+        rollout = self.rollout.block_size or model_block_size
+        same_states = self.rl.shrink == 1 and (rollout is None or self.rl.block_size in (None, rollout))
+        other = "rl.shrink > 1 or another rl.block_size than the rollout's scores other states than the sampler visited"
+        _require(same_states or self.rl.old_logprobs == "recompute", f"{other}: set rl.old_logprobs=recompute")
+        _require(same_states or self.rl.importance_cap == 0, f"{other}: set rl.importance_cap=0")

@@ -1,0 +1,194 @@
+"""Replay items: the states a training step shows the model again, and the tokens it is trained on in each.
+
+A **replay group** is one block in one state of its denoising: some tokens visible, the others MASK. The loss is on the
+tokens that were revealed in that state. `trace_item` replays a recorded trace; `masking_item` hides given positions
+(random masking, coupled, semi-autoregressive SFT). Both return a `ReplayItem`, which `packing.pack` lays out in rows.
+
+    B = 4, prompt p0..p4 (p mod B = 1), response a..g, steps 2 1 2 | 3 3 5 4          M = MASK
+
+    canvas   p0 p1 p2 p3 | p4  a  b  c |  d  e  f  g
+    round 0                p4  M [M] M | [M][M] M  M        [.] = target
+    round 1                p4 [M] b [M]|  d  e  M [M]
+    round 2                            |  d  e [M] g
+
+With `alignment="response"` the grid starts at the response instead, as in the reference, and p4 is in no group.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tracerl_jax.diffusion.grid import block_of, block_start
+from tracerl_jax.errors import ConfigError
+
+_ALWAYS, _NEVER = -1, np.iinfo(np.int32).max  # rounds after which a token is visible
+
+
+@dataclass(frozen=True, eq=False)
+class ReplayItem:
+    """One response: the clean ids its groups look back on, its groups, and their targets (in order of group, position).
+
+    `clean` holds positions [0, start of the last block that has a group): nobody looks at a later clean token.
+    """
+
+    clean: np.ndarray  # [c] int32
+    group_start: np.ndarray  # [M] int32, absolute position of the first token of the group's block
+    group_ids: np.ndarray  # [M,B] int32, MASK where hidden
+    target_group: np.ndarray  # [n] int32, index into the groups
+    target_offset: np.ndarray  # [n] int32, index into the group's B tokens
+    target_ids: np.ndarray  # [n] int32
+    target_weight: np.ndarray  # [n] f32
+    target_pos: np.ndarray  # [n] int32, index into the response
+    target_round: np.ndarray  # [n] int32, index of the group among the states of its block
+    grid_offset: int  # first position of a whole block: 0, or p mod B with alignment="response"
+    response_len: int
+
+    @property
+    def block_size(self) -> int:
+        return self.group_ids.shape[1]
+
+    @property
+    def size(self) -> int:
+        """Tokens the item takes in a row."""
+        return len(self.clean) + self.group_ids.size
+
+    @property
+    def rounds(self) -> int:
+        """Training rows the reference would spend on this item: denoising rounds that have a target."""
+        return len(np.unique(self.target_round))
+
+
+def trace_item(
+    prompt_ids,
+    ids,
+    step_map,
+    *,
+    block_size: int,
+    mask_id: int,
+    shrink: int = 1,
+    alignment: str = "absolute",
+    tail_ids=(),
+    tail_step_map=(),
+    weights=None,
+) -> ReplayItem:
+    """TraceRL replay of one response (arXiv 2509.06949): each token is predicted in the state that revealed it.
+
+    Args:
+      prompt_ids [p], ids [r], step_map [r]: int; steps need only be ordered, they may count over the whole sequence.
+      block_size: of the training; it may differ from the block size of the trace.
+      shrink: consecutive distinct steps of a block merged into one group.
+      tail_ids, tail_step_map [tail]: what the last block revealed behind the response. A tail token is visible in the
+        groups whose first step comes after its own. Positions of the last block without a known token are MASK.
+      weights: [r] f32 loss weights, 1 when None. A token of weight 0 is no target.
+
+    Raises ConfigError for shrink < 1 or an unknown alignment.
+    """
+    prompt_len, step_map = len(prompt_ids), np.asarray(step_map, np.int64)
+    states = _states(prompt_len, step_map, block_size, shrink, alignment)
+    offset = _grid_offset(prompt_len, block_size, alignment)
+    tail_pos = prompt_len + len(step_map) + np.arange(len(tail_step_map))
+    tail_blocks = block_of(tail_pos, block_size, offset)
+    # A tail token is hidden in every state that began at or before its own step.
+    begun = (states.block == tail_blocks[:, None]) & (states.first_step <= np.asarray(tail_step_map)[:, None])
+    return _build(
+        prompt_ids, ids, states.round[states.of_token], np.ones(len(step_map), bool), weights,
+        block_size=block_size, mask_id=mask_id, offset=offset,
+        tail_ids=tail_ids, tail_rounds=begun.sum(1) - 1,
+    )  # fmt: skip
+
+
+def masking_item(
+    prompt_ids, ids, masked, *, block_size: int, mask_id: int, alignment: str = "absolute", weights=None
+) -> ReplayItem:
+    """One state per block: the positions of `masked` [r] bool hidden and trained, the rest of the response visible.
+
+    Random masking and semi-autoregressive SFT draw `masked`; coupled is two items, of `masked` and of `~masked`.
+    `weights` [r] f32 are the targets' loss weights (say 1/t), 1 when None; a hidden token of weight 0 is no target.
+    Raises ConfigError for an unknown alignment.
+    """
+    masked = np.asarray(masked, bool)
+    return _build(
+        prompt_ids, ids, np.where(masked, 0, _ALWAYS), masked, weights,
+        block_size=block_size, mask_id=mask_id, offset=_grid_offset(len(prompt_ids), block_size, alignment),
+        tail_ids=(), tail_rounds=(),
+    )  # fmt: skip
+
+
+def shrunk_steps(prompt_len: int, step_map, block_size: int, shrink: int, alignment: str = "absolute") -> np.ndarray:
+    """The step map as the groups of `trace_item` see it: in each block every `shrink` consecutive distinct steps are
+    replaced by the largest of them. step_map [r] int -> [r] int64. Raises ConfigError like `trace_item`.
+    """
+    step_map = np.asarray(step_map, np.int64)
+    states = _states(prompt_len, step_map, block_size, shrink, alignment)
+    return states.last_step[states.of_token]
+
+
+@dataclass(frozen=True)
+class _States:
+    """The states of all blocks, ordered by block, then step."""
+
+    block: np.ndarray  # [M]
+    round: np.ndarray  # [M], index among the states of the block
+    first_step: np.ndarray  # [M]
+    last_step: np.ndarray  # [M], differs from first_step where steps are merged
+    of_token: np.ndarray  # [r], the state in which each response token is revealed
+
+
+def _states(prompt_len: int, step_map: np.ndarray, block_size: int, shrink: int, alignment: str) -> _States:
+    if shrink < 1:
+        raise ConfigError(f"shrink is {shrink}; it must be at least 1 (1 replays every denoise step)")
+    offset = _grid_offset(prompt_len, block_size, alignment)
+    blocks = block_of(prompt_len + np.arange(len(step_map)), block_size, offset)
+    block, step, of_token = _distinct_pairs(blocks, step_map)
+    rank = np.arange(len(block)) - np.searchsorted(block, block)  # of a distinct step among those of its block
+    opens = rank % shrink == 0
+    first = np.flatnonzero(opens)
+    last = np.append(first[1:], len(block))[: len(first)] - 1
+    state_of_step = np.cumsum(opens) - 1
+    return _States(block[first], rank[first] // shrink, step[first], step[last], state_of_step[of_token])
+
+
+def _distinct_pairs(major: np.ndarray, minor: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The distinct (major, minor) pairs in lexicographic order, and for each input pair its index among them."""
+    low = minor.min(initial=0)
+    span = minor.max(initial=0) - low + 1
+    keys, index = np.unique(major * span + (minor - low), return_inverse=True)
+    return keys // span, keys % span + low, index
+
+
+def _grid_offset(prompt_len: int, block_size: int, alignment: str) -> int:
+    if alignment not in ("absolute", "response"):
+        raise ConfigError(f"alignment is {alignment!r}; use 'absolute' (the sampler's grid) or 'response' (parity)")
+    return prompt_len % block_size if alignment == "response" else 0
+
+
+def _build(
+    prompt_ids, ids, rounds, is_target, weights, *, block_size, mask_id, offset, tail_ids, tail_rounds
+) -> ReplayItem:
+    """`rounds` [r]: the state of its block in which each token is a target; it is visible in later states only."""
+    prompt_len, response_len = len(prompt_ids), len(ids)
+    weights = np.ones(response_len, np.float32) if weights is None else np.asarray(weights, np.float32)
+    pos = np.flatnonzero(is_target & (weights != 0))
+    block = block_of(prompt_len + pos, block_size, offset)
+    group_block, group_round, group = _distinct_pairs(block, rounds[pos])
+    order = np.argsort(group, kind="stable")
+    pos, group = pos[order], group[order]
+
+    unknown = np.full(block_size, mask_id)  # the last block may reach beyond all known tokens
+    canvas = np.concatenate([prompt_ids, ids, tail_ids, unknown]).astype(np.int32)
+    visible_after = np.concatenate([np.full(prompt_len, _ALWAYS), rounds, tail_rounds, np.full(block_size, _NEVER)])
+    group_start = block_start(group_block, block_size, offset)
+    at = group_start[:, None] + np.arange(block_size)  # [M,B] canvas positions
+    return ReplayItem(
+        clean=canvas[: group_start[-1]] if len(group_start) else canvas[:0],
+        group_start=group_start.astype(np.int32),
+        group_ids=np.where(visible_after[at] < group_round[:, None], canvas[at], np.int32(mask_id)),
+        target_group=group.astype(np.int32),
+        target_offset=(prompt_len + pos - group_start[group]).astype(np.int32),
+        target_ids=canvas[prompt_len + pos],
+        target_weight=weights[pos],
+        target_pos=pos.astype(np.int32),
+        target_round=rounds[pos].astype(np.int32),
+        grid_offset=offset,
+        response_len=response_len,
+    )

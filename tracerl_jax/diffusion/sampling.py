@@ -1,0 +1,124 @@
+"""Proposing a token for every position of a block: bans, temperature, top-k, top-p, the draw and its probabilities.
+
+The order is the one of the reference's sampler: temperature, then top-k, then top-p on what top-k left. Top-k and top-p
+sort logits [.., V]; where no row uses them, the head is fused with the draw and no such array exists.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from tracerl_jax.errors import ConfigError
+from tracerl_jax.kernels.logprob import sample_tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Proposal:
+    """What a denoise step proposes at every position of every row, before any of it is revealed."""
+
+    ids: jax.Array  # [N,B] int32
+    logprobs: jax.Array  # [N,B] f32, policy: full vocabulary, at the temperature, nothing banned or truncated
+    behaviour_logprobs: jax.Array  # [N,B] f32, the distribution drawn from: after bans, top-k and top-p
+    confidence: jax.Array  # [N,B] f32, probability of the id after the bans (after truncation too where asked for)
+    entropy: jax.Array  # [N,B] f32, of the distribution `confidence` comes from; zeros unless asked for
+
+
+def banned_ids(vocab_size: int, mask_id: int, valid_vocab: int | None = None) -> np.ndarray:
+    """[V] bool: MASK and every id of at least `valid_vocab` (rows of the head no token belongs to)."""
+    valid = vocab_size if valid_vocab is None else valid_vocab
+    if not 0 < valid <= vocab_size:
+        raise ConfigError(f"valid_vocab is {valid}; it must lie between 1 and the model's vocabulary {vocab_size}")
+    banned = np.arange(vocab_size) >= valid
+    banned[mask_id] = True
+    return banned
+
+
+def filter_logits(scaled: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Set what top-k and top-p remove to -inf.
+
+    scaled [.., V] logits after the temperature; top_k [..] int, 0 = off; top_p [..] in (0, 1], 1 = off.
+    Top-k keeps every logit not below the k-th largest, so ties at that value all stay. Top-p goes through what is left
+    from the largest down (equal values: lowest id first) and drops a token when the probability before it already
+    exceeds p; the first one always stays.
+    """
+    vocab_size = scaled.shape[-1]
+    top_k = jnp.where((top_k <= 0) | (top_k > vocab_size), vocab_size, top_k)[..., None]
+    ordered = jnp.sort(scaled, axis=-1, descending=True)
+    kth = jnp.take_along_axis(ordered, top_k - 1, axis=-1)
+    ordered = jnp.where(ordered >= kth, ordered, -jnp.inf)
+    cumulative = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
+    before = jnp.pad(cumulative, [(0, 0)] * (scaled.ndim - 1) + [(1, 0)])[..., :-1]
+    top_p = jnp.asarray(top_p)[..., None]
+    prefix = (ordered > -jnp.inf) & ((before <= top_p) | (top_p >= 1))
+    kept = jnp.sum(prefix, axis=-1, keepdims=True)
+    last = jnp.take_along_axis(ordered, kept - 1, axis=-1)
+    # Of the tokens that equal the last kept value, only so many (lowest ids first) belong to the prefix.
+    equal = scaled == last
+    room = kept - jnp.sum(scaled > last, axis=-1, keepdims=True)
+    keep = (scaled > last) | (equal & (jnp.cumsum(equal, axis=-1) <= room))
+    return jnp.where(keep, scaled, -jnp.inf)
+
+
+def propose(
+    hidden: jax.Array,  # [N,B,E]
+    kernel: jax.Array,  # [E,V], the language-model head
+    keys: jax.Array | None,  # [N] PRNG keys, one per row and denoise step; None when no row samples
+    banned: jax.Array,  # [V] bool
+    temperature: jax.Array,  # [N] f32, 0 = greedy
+    top_k: jax.Array,  # [N] int32, 0 = off
+    top_p: jax.Array,  # [N] f32, 1 = off
+    truncated_confidence: jax.Array,  # [N] bool, confidence and entropy after top-k and top-p (the reference's rule)
+    *,
+    use_filters: bool,  # some row that samples uses top-k or top-p; without it no [N,B,V] array is held
+    use_entropy: bool,
+    mesh: Mesh | None = None,
+) -> Proposal:
+    """Propose one id per position. The static flags save work and memory; they never change the result of a row.
+
+    A greedy row takes the argmax after the bans (ties: lowest id); its top-k and top-p are ignored and its
+    probabilities are those of temperature 1. Every other row draws by Gumbel-max from the filtered distribution.
+    """
+    if use_filters:
+        logits = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return _propose_filtered(logits, keys, banned, temperature, top_k, top_p, truncated_confidence, use_entropy)
+    draws = sample_tokens(hidden, kernel, keys, banned, temperature, use_entropy=use_entropy, mesh=mesh)
+    confidence = jnp.exp(draws.allowed_logprobs)
+    return Proposal(draws.ids, draws.logprobs, draws.allowed_logprobs, confidence, draws.entropy)
+
+
+def _propose_filtered(logits, keys, banned, temperature, top_k, top_p, truncated_confidence, use_entropy) -> Proposal:
+    greedy = (temperature == 0)[:, None]  # [N,1], the leading axes of the logits
+    policy = logits / jnp.where(greedy, 1.0, temperature[:, None])[..., None]
+    allowed = jnp.where(banned, -jnp.inf, policy)
+    drawn_from = filter_logits(allowed, jnp.where(greedy, 0, top_k[:, None]), jnp.where(greedy, 1.0, top_p[:, None]))
+    scores = drawn_from
+    if keys is not None:
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
+        scores = drawn_from + jnp.where(greedy[..., None], 0.0, noise)
+    ids = jnp.argmax(scores, axis=-1)
+
+    def logprob(values):  # log-softmax at `ids` without a [N,B,V] result
+        chosen = jnp.take_along_axis(values, ids[..., None], axis=-1)[..., 0]
+        return chosen - jax.nn.logsumexp(values, axis=-1)
+
+    behaviour = logprob(drawn_from)
+    truncated = truncated_confidence[:, None]
+    return Proposal(
+        ids=ids.astype(jnp.int32),
+        logprobs=logprob(policy),
+        behaviour_logprobs=behaviour,
+        confidence=jnp.exp(jnp.where(truncated, behaviour, logprob(allowed))),
+        entropy=entropy(jnp.where(truncated[..., None], drawn_from, allowed))
+        if use_entropy
+        else jnp.zeros_like(behaviour),
+    )
+
+
+def entropy(logits: jax.Array) -> jax.Array:
+    """Entropy [..] in nats of softmax(logits [.., V]); -inf entries have probability 0."""
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    return -jnp.sum(jnp.where(logprobs > -jnp.inf, jnp.exp(logprobs) * logprobs, 0.0), axis=-1)

@@ -1,0 +1,17 @@
+"""Errors a user can cause. Each message names what is wrong (file, key, row) and the remedy."""
+
+
+class UserError(Exception):
+    """Base class; the command line prints the message without a traceback and exits with status 2."""
+
+
+class ConfigError(UserError):
+    """A configuration key, value or combination is not usable."""
+
+
+class DataError(UserError):
+    """An input file or row cannot be used."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or model folder is missing, damaged or does not fit."""

@@ -1,0 +1,111 @@
+"""Tokenizers of model folders, offline and without remote code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tracerl_jax.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "*.tiktoken")
+_MASK_TOKENS = ("<|MASK|>", "<|mask|>", "<MASK>", "<mask>", "[MASK]")
+
+
+def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model folder, None when it has none.
+
+    Code in the folder is never run. A class that only exists as such code (SDAR publishes its tokenizer that way) is
+    replaced by the one its files describe: tokenizer.json as it stands, or vocab.json and merges.txt read as Qwen2's.
+
+    Raises:
+        CheckpointError: there are tokenizer files and they cannot be read.
+    """
+    folder = Path(folder)
+    if not any(path for pattern in _VOCABULARIES for path in folder.glob(pattern)):
+        return None
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2TokenizerFast  # takes seconds
+
+    try:
+        with _no_remarks():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises whatever its parts raise
+        if (folder / "tokenizer.json").exists():
+            fallback = PreTrainedTokenizerFast
+        elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+            fallback = Qwen2TokenizerFast
+        else:
+            raise _unreadable(folder, error) from error
+    try:
+        return fallback.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise _unreadable(folder, error) from error
+
+
+@contextlib.contextmanager
+def _no_remarks() -> Iterator[None]:
+    """AutoTokenizer also reads the model's config.json and remarks on a type and keys that are ours to judge."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _unreadable(folder: Path, error: Exception) -> CheckpointError:
+    first_line = (str(error).splitlines() or [""])[0]
+    return CheckpointError(
+        f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {first_line}); fetch its files again, or "
+        "save it with tokenizer.json"
+    )
+
+
+def mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Id of the declared mask token, else of a token spelled like one, else None."""
+    if tokenizer.mask_token is not None:
+        return tokenizer.mask_token_id
+    vocabulary = tokenizer.get_vocab()
+    return next((vocabulary[token] for token in _MASK_TOKENS if token in vocabulary), None)
+
+
+def valid_vocab(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> int:
+    """How many ids may be sampled: those of the model's vocabulary that have a token (all without a tokenizer)."""
+    return vocab_size if tokenizer is None else min(len(tokenizer), vocab_size)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
+    """Text of ids: control tokens (end of text, mask, pad) are left out, markup such as `</think>` or tool tags stays,
+    no space is added or removed, ids without a token are skipped."""
+    known = [int(i) for i in ids if 0 <= i < len(tokenizer)]
+    return tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+) -> str:
+    """The text of a conversation in the tokenizer's own template.
+
+    Args:
+        messages: dicts with `role` and `content`.
+        add_generation_prompt: end with the opening of the assistant's turn.
+
+    Raises:
+        CheckpointError: the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise CheckpointError(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template; add chat_template.jinja to the folder, or "
+            "give a prompt template"
+        )
+    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)

@@ -1,0 +1,306 @@
+"""What a compiled program costs on one chip: FLOPs, HBM bytes and collective bytes, loop bodies counted as often as
+they run. (XLA's own cost analysis counts the body of a loop once.)
+
+    ENTRY            1 x
+      while (36 x)       body: 36 x
+        while (149 x)        body: 36 * 149 x
+"""
+
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tracerl_jax.plan.hlo import Array, Computation, Instruction, Module
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Custom calls that run a kernel of ours; all others are library calls or notes to the compiler.
+KERNEL_TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu_v2")
+# These name or rearrange values without touching memory.
+_FREE = frozenset(
+    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id add-dependency opt-barrier "
+    "domain".split()
+)
+_SLICES = ("dynamic-slice", "slice", "gather")
+
+
+@dataclass
+class Cost:
+    """Of one execution on one chip. `collective_bytes`: what the chip sends, by (kind, mesh axes)."""
+
+    flops: float = 0.0  # of matrix units
+    hbm_bytes: float = 0.0
+    collective_bytes: Counter = field(default_factory=Counter)
+    kernels: Counter = field(default_factory=Counter)  # calls of hand-written kernels, by name
+    unknown_loops: set[str] = field(default_factory=set)  # counted once, for want of anything better
+    unknown_kernels: set[str] = field(default_factory=set)  # their FLOPs are missing
+
+    def add(self, other: "Cost", times: float = 1.0) -> None:
+        self.flops += times * other.flops
+        self.hbm_bytes += times * other.hbm_bytes
+        for mine, theirs in ((self.collective_bytes, other.collective_bytes), (self.kernels, other.kernels)):
+            for key, value in theirs.items():
+                mine[key] += times * value
+        self.unknown_loops |= other.unknown_loops
+        self.unknown_kernels |= other.unknown_kernels
+
+
+# What a call of a hand-written kernel costs: (instruction, its operands) -> (FLOPs, HBM bytes), or None if unknown.
+KernelCost = Callable[[Instruction, Sequence[Array]], tuple[float, float] | None]
+
+
+def program_cost(
+    module: Module,
+    mesh_shape: Mapping[str, int],
+    *,
+    loops: Mapping[str, float] | None = None,
+    kernel_cost: KernelCost = lambda instruction, operands: None,
+) -> Cost:
+    """Cost of the entry computation.
+
+    mesh_shape: axis name -> size, in the order of the devices the program was compiled for, slowest first.
+    loops: a loop's whole `op_name` -> how often it runs, for loops whose length depends on data.
+    """
+    return _Walk(module, mesh_shape, loops or {}, kernel_cost).computation(module.entry)
+
+
+@dataclass
+class _Walk:
+    module: Module
+    mesh_shape: Mapping[str, int]
+    loops: Mapping[str, float]
+    kernel_cost: KernelCost
+    known: dict[str, Cost] = field(default_factory=dict)
+
+    def computation(self, name: str) -> Cost:
+        if name not in self.known:
+            scope = self.module.computations[name]
+            total = Cost()
+            for i in scope.values():
+                total.add(*self.instruction(i, scope))
+            self.known[name] = total
+        return self.known[name]
+
+    def instruction(self, i: Instruction, scope: Computation) -> tuple[Cost, float]:
+        """(cost, how often)."""
+        kind = i.opcode.removesuffix("-start")
+        if i.opcode == "while":
+            times = self.loop_length(i)
+            body = Cost(unknown_loops=set() if times is not None else {i.op_name or i.name})
+            body.add(self.computation(i.called("body")))
+            return body, 1.0 if times is None else times
+        if i.opcode == "conditional":
+            branches = re.findall(r"%([\w.\-]+)", i.attribute(r"branch_computations=\{([^}]*)\}") or "")
+            branches = branches or [i.called("true_computation"), i.called("false_computation")]
+            return max(map(self.computation, branches), key=lambda c: (c.flops, c.hbm_bytes)), 1.0
+        if i.opcode == "call":
+            return self.computation(i.called("to_apply")), 1.0
+        operands = operand_arrays(i, scope)
+        if i.opcode == "custom-call" and i.target in KERNEL_TARGETS:
+            return self.kernel(i, operands), 1.0
+        result = Cost(self.flops(i, operands), self.hbm_bytes(i, scope, operands))
+        if kind in COLLECTIVES:
+            sent, axes = sent_bytes(i, kind, operands, self.mesh_shape)
+            if sent:
+                result.collective_bytes[kind, axes] += sent
+        elif i.opcode == "async-start":
+            inner = self.computation(i.called("calls"))
+            result.flops, result.collective_bytes = inner.flops, inner.collective_bytes
+        return result, 1.0
+
+    def kernel(self, i: Instruction, operands: list[Array]) -> Cost:
+        name, known = kernel_name(i), self.kernel_cost(i, operands)
+        flops, hbm_bytes = known or (0.0, sum(a.hbm_bytes for a in (*operands, *i.outputs)))
+        return Cost(flops, hbm_bytes, kernels=Counter([name]), unknown_kernels=set() if known else {name})
+
+    def loop_length(self, i: Instruction) -> float | None:
+        """Our loops and JAX's own count from 0 in steps of 1 while less than a bound."""
+        if i.op_name in self.loops:
+            return self.loops[i.op_name]
+        if known := i.attribute(r'"known_trip_count":\{"n":"(\d+)"\}'):
+            return float(known)
+        condition = self.module.computations[i.called("condition")]
+        compare, constants = condition.root, [c for c in condition.values() if c.opcode == "constant"]
+        if compare.opcode == "fusion":
+            inner = self.module.computations[compare.called("calls")]
+            compare, constants = inner.root, constants + [c for c in inner.values() if c.opcode == "constant"]
+        is_count = compare.opcode == "compare" and compare.attribute(r"direction=(\w+)") == "LT"
+        return float(constants[0].literal) if is_count and len(constants) == 1 else None
+
+    def flops(self, i: Instruction, operands: Sequence[Array]) -> float:
+        if i.opcode == "dot":
+            return _dot_flops(i, operands, i.attribute(r"lhs_contracting_dims=\{([\d,]*)\}"))
+        if i.opcode == "convolution":
+            return _convolution_flops(i, operands)
+        if i.opcode == "custom-call" and "gemm" in (i.target or ""):
+            return _dot_flops(i, operands, i.attribute(r'"lhs_contracting_dimensions":\[([^\]]*)\]'))
+        if i.opcode != "fusion":
+            return 0.0
+        inner = self.module.computations[i.called("calls")]
+        return sum(self.flops(j, operand_arrays(j, inner)) for j in inner.values())
+
+    def hbm_bytes(self, i: Instruction, scope: Computation, operands: Sequence[Array]) -> float:
+        if i.opcode in _FREE or i.opcode.endswith("-done") or i.target in ("AllocateBuffer", "Sharding"):
+            return 0.0
+        if i.opcode == "copy-start":  # (destination, source, context)
+            return i.outputs[0].hbm_bytes + i.outputs[1].hbm_bytes
+        if i.opcode == "fusion":
+            return _fusion_bytes(i, self.module.computations[i.called("calls")], scope)
+        if i.opcode in _SLICES:
+            return 2 * i.outputs[0].hbm_bytes
+        if i.opcode == "dynamic-update-slice":
+            return 2 * operands[1].hbm_bytes
+        if i.opcode == "scatter":  # read and write what is updated, read the updates
+            return 3 * operands[-1].hbm_bytes
+        # The start of an asynchronous all-gather returns its operands before its results.
+        outputs = i.outputs[len(i.outputs) // 2 :] if i.opcode == "all-gather-start" else i.outputs
+        return sum(a.hbm_bytes for a in (*operands, *outputs))
+
+
+def operand_arrays(i: Instruction, scope: Computation) -> list[Array]:
+    return [array for name in i.operands if name in scope for array in scope[name].outputs]
+
+
+def kernel_name(i: Instruction) -> str:
+    """The name given to `pallas_call`, as far as the compiler kept it."""
+    return i.attribute(r'"?kernel_name"?\s*[:=]\s*"([^"]+)"') or i.op_name.rsplit("/", 1)[-1] or i.name
+
+
+# Collectives
+
+
+def sent_bytes(
+    i: Instruction, kind: str, operands: Sequence[Array], mesh_shape: Mapping[str, int]
+) -> tuple[float, str]:
+    """(bytes that a chip sends in a ring algorithm, "+"-joined mesh axes it sends them along)."""
+    size = sum(a.bytes for a in operands)
+    if kind == "collective-permute":
+        pairs = re.findall(r"\{(\d+),(\d+)\}", i.attribute(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}") or "")
+        moving = [(int(a), int(b)) for a, b in pairs if a != b]
+        return (size, _axes(moving[0], mesh_shape)) if moving else (0.0, "")
+    group = _first_group(i.attributes, math.prod(mesh_shape.values()))
+    n = len(group)
+    if kind == "all-gather":
+        size *= n
+    return size * (n - 1) / n * (2 if kind == "all-reduce" else 1), _axes(group, mesh_shape)
+
+
+def _first_group(attributes: str, devices: int) -> list[int]:
+    """The first group of `replica_groups`, which comes in three notations:
+
+    {{0,1},{2,3}}               listed; {} is one group of all
+    [2,2]<=[2,2]T(1,0)          iota, reshaped, transposed, cut into 2 groups of 2
+    mesh['a'=2,'b'=2] {'b'}     devices of a mesh that differ along 'b', or along a part 'b':(1)2 of it
+    """
+    text = attributes.partition("replica_groups=")[2]
+    if match := re.match(r"\{\{([\d,]+)\}", text):
+        return [int(n) for n in match[1].split(",")]
+    if match := re.match(r"\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        shape = [int(n) for n in match[2].split(",")]
+        order = [int(n) for n in match[3].split(",")] if match[3] else range(len(shape))
+        strides = _strides(shape)
+        return _span([(shape[axis], strides[axis]) for axis in order])[: int(match[1])]
+    if match := re.match(r"mesh\[((?:'\w+'=\d+,?)+)\] \{([^}]*)\}", text):
+        sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        strides = dict(zip(sizes, _strides(list(sizes.values())), strict=True))
+        digits = []
+        for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", match[2]):
+            size = int(size or sizes[name])
+            digits.append((size, strides[name] * sizes[name] // (int(before or 1) * size)))
+        return _span(digits)
+    if not text or text.startswith("{}"):
+        return list(range(devices))
+    raise ValueError(f"unknown notation of replica groups: {text[:80]}")
+
+
+def _strides(shape: Sequence[int]) -> list[int]:
+    return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+
+
+def _span(digits: Sequence[tuple[int, int]]) -> list[int]:
+    """All sums of one multiple per digit (size, stride), the last digit fastest."""
+    ranges = (range(0, size * stride, stride) for size, stride in digits)
+    return [sum(parts) for parts in itertools.product(*ranges)]
+
+
+def _axes(group: Sequence[int], mesh_shape: Mapping[str, int]) -> str:
+    """Mesh axes along which the devices of a group differ."""
+    strides = _strides(list(mesh_shape.values()))
+    return "+".join(
+        name
+        for (name, size), stride in zip(mesh_shape.items(), strides, strict=True)
+        if len({device // stride % size for device in group}) > 1
+    )
+
+
+# FLOPs of matrix units
+
+
+def _dot_flops(i: Instruction, operands: Sequence[Array], contracting: str | None) -> float:
+    dims = [int(d.strip('" ')) for d in contracting.split(",") if d] if contracting else [-1]
+    return 2.0 * i.outputs[0].elements * math.prod(operands[0].shape[d] for d in dims)
+
+
+def _convolution_flops(i: Instruction, operands: Sequence[Array]) -> float:
+    """Multiply-adds of taps that meet the input; the TPU compiler writes batched products as padded convolutions."""
+    lhs, rhs, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes).groups()
+    inputs, taps, outputs = operands[0].shape, operands[1].shape, i.outputs[0].shape
+    window = {key: i.attribute(rf"window=\{{[^}}]*\b{key}=([\dx_\-]+)")
+              for key in ("size", "stride", "pad", "lhs_dilate", "rhs_dilate")}  # fmt: skip
+    flops = 2.0 * outputs[out.index("b")] * outputs[out.index("f")] * taps[rhs.index("i")]
+    for n, digit in enumerate(sorted(c for c in out if c.isdigit())):
+        stride, in_dilation, tap_dilation = (
+            int(window[key].split("x")[n]) if window[key] else 1 for key in ("stride", "lhs_dilate", "rhs_dilate")
+        )
+        low = int(window["pad"].split("x")[n].split("_")[0]) if window["pad"] else 0
+        last = (inputs[lhs.index(digit)] - 1) * in_dilation
+        positions = (
+            o * stride + t * tap_dilation - low
+            for o in range(outputs[out.index(digit)])
+            for t in range(taps[rhs.index(digit)])
+        )
+        flops *= sum(0 <= p <= last and p % in_dilation == 0 for p in positions)
+    return flops
+
+
+# HBM bytes of a fusion
+
+
+def _fusion_bytes(i: Instruction, inner: Computation, scope: Computation) -> float:
+    """Operands and results; no more than the slices of an operand that is only sliced, and no more than the update of
+    one that is updated in place."""
+    parameters = {int(p.literal): p for p in inner.values() if p.opcode == "parameter"}
+    read = 0.0
+    for n, name in enumerate(i.operands):
+        for array in scope[name].outputs if name in scope else ():
+            if array.in_hbm:
+                read += min(array.bytes, _used_bytes(parameters[n], inner))
+    results = [inner[o] for o in inner.root.operands] if inner.root.opcode == "tuple" else [inner.root]
+    roots = [result for result in results for _ in result.outputs]
+    written = 0.0
+    for array, root in zip(i.outputs, roots, strict=True):
+        if array.in_hbm:
+            while root.opcode == "bitcast":
+                root = inner[root.operands[0]]
+            update = inner.operand(root, 1) if root.opcode == "dynamic-update-slice" else None
+            written += update.outputs[0].bytes if update else array.bytes
+    return read + written
+
+
+def _used_bytes(source: Instruction, inner: Computation) -> float:
+    """What a fusion reads of `source`: all, or the sum of its slices if nothing else looks at it."""
+    total = 0.0
+    for user in inner.values():
+        if source.name not in user.operands:
+            continue
+        if user.opcode == "bitcast":
+            total += _used_bytes(user, inner)
+        elif user.opcode in _SLICES and user.operands[0] == source.name:
+            total += user.outputs[0].bytes
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == source.name:
+            total += 0.0
+        else:
+            return source.outputs[0].bytes if source.outputs else 0.0
+    return total

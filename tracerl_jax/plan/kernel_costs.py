@@ -1,0 +1,64 @@
+"""What one call of our own kernels costs on one chip: the compiler sees a call and nothing of its inside.
+
+FLOPs follow the mask at the grain of 128 x 128 pairs at which the kernels follow it. Bytes are each query, key, value
+and result once, and of a KV cache the live tokens of one layer.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from tracerl_jax.kernels.attention.masks import live_tiles
+from tracerl_jax.models import ModelConfig
+from tracerl_jax.parallel.sharding import row_shards
+from tracerl_jax.plan.hlo_cost import KernelCost, kernel_name
+
+GRAIN = 128
+# name: (products of [pairs] x head_dim, arrays of all query heads moved, arrays of all key/value heads moved)
+ATTENTION = {
+    "attention_forward": (2, 2, 2),  # scores, output
+    "attention_backward": (5, 4, 4),  # scores again, d_scores, d_q, d_k, d_v
+    "attention_dq": (3, 4, 2),
+    "attention_dkv": (4, 2, 4),
+}
+
+
+def live_pairs(intervals: np.ndarray) -> float:
+    """intervals [R,T,4] -> query-key pairs of one head in tiles that hold a visible one."""
+    length = -(-intervals.shape[1] // GRAIN) * GRAIN
+    with jax.default_device(jax.devices("cpu")[0]):
+        padded = jnp.pad(intervals, ((0, 0), (0, length - intervals.shape[1]), (0, 0)))
+        tiles = jax.jit(live_tiles, static_argnums=(1, 2, 3))(padded, GRAIN, GRAIN, length // GRAIN)
+    return float(tiles.sum()) * GRAIN**2
+
+
+def attention_cost(config: ModelConfig, mesh: Mesh, intervals: np.ndarray) -> KernelCost:
+    """Of a program that attends within rows of these intervals [R,T,4], R over the whole mesh."""
+    R, T = intervals.shape[:2]
+    shards, tensor = row_shards(mesh), mesh.shape["tensor"]
+    pairs = live_pairs(intervals) / shards * config.num_heads / tensor
+    tokens = R * T / shards * config.head_dim * jnp.dtype(config.dtype).itemsize / tensor
+
+    def cost(instruction, operands):
+        for kernel, (products, of_queries, of_keys) in ATTENTION.items():
+            if kernel in kernel_name(instruction):
+                moved = tokens * (of_queries * config.num_heads + of_keys * config.num_kv_heads)
+                return 2.0 * products * pairs * config.head_dim, moved
+        return None
+
+    return cost
+
+
+def decode_cost(config: ModelConfig, mesh: Mesh, slots: int, queries: int, live_tokens: float) -> KernelCost:
+    """Of a decode program of `slots` sequences over the whole mesh, `queries` new tokens each and `live_tokens`
+    committed ones, on average over its forwards."""
+    rows, tensor = slots / row_shards(mesh), mesh.shape["tensor"]
+    vector = config.head_dim * jnp.dtype(config.dtype).itemsize / tensor
+    flops = 4.0 * rows * queries * (live_tokens + queries) * config.num_heads / tensor * config.head_dim
+    cached, new = live_tokens * 2 * config.num_kv_heads, queries * 2 * (config.num_heads + config.num_kv_heads)
+
+    def cost(instruction, operands):
+        return (flops, rows * (cached + new) * vector) if "decode_attention" in kernel_name(instruction) else None
+
+    return cost

@@ -1,0 +1,96 @@
+"""Devices of machines that are not there, for ahead-of-time compilation by the real TPU and CUDA compilers."""
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import jax
+from jax.experimental import topologies
+
+from tracerl_jax.errors import ConfigError
+from tracerl_jax.plan.chips import CHIPS, Chip, cuda_target_config
+
+EXAMPLES = "v5p:4x4x4, v5e:2x4, v6e:4x4, v4:2x2x2, h100:8, h200:16, a100:8"
+# Without these libtpu looks for a metadata server and for the locks of a real TPU. They do no harm where there is one.
+_TPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """`name` as the user wrote it; `shape` of the TPU torus, or (GPUs,)."""
+
+    name: str
+    chip: Chip
+    shape: tuple[int, ...]
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape)
+
+
+def parse_topology(name: str) -> Topology:
+    """ "v5p:4x4x4" or "h100:8" -> Topology. Raises ConfigError for a name that no such machine has."""
+    match = re.fullmatch(r"([a-z0-9-]+):(\d+(?:x\d+)*)", name.strip().lower())
+    if not match:
+        raise ConfigError(f"topology {name!r} is not CHIP:SHAPE; for example {EXAMPLES}.")
+    if match[1] not in CHIPS:
+        raise ConfigError(f"topology {name!r}: unknown chip {match[1]!r}; known: {', '.join(CHIPS)}.")
+    chip, shape = CHIPS[match[1]], tuple(int(n) for n in match[2].split("x"))
+    dimensions = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}.get(chip.name, 1)
+    if len(shape) != dimensions or min(shape) < 1:
+        form = "x".join("XYZ"[:dimensions]) if chip.platform == "tpu" else "COUNT"
+        raise ConfigError(f"topology {name!r}: {chip.name} comes as {chip.name}:{form}, for example {EXAMPLES}.")
+    if chip.platform == "tpu" and shape[:2] != (1, 1) and (shape[0] % 2 or shape[1] % 2):
+        raise ConfigError(f"topology {name!r}: a TPU host has 2x2 chips, so the first two sizes must be even.")
+    if chip.platform == "cuda" and shape[0] > chip.chips_per_fabric and shape[0] % chip.chips_per_fabric:
+        raise ConfigError(f"topology {name!r}: more than {chip.chips_per_fabric} GPUs come in whole hosts of "
+                          f"{chip.chips_per_fabric}.")
+    return Topology(name, chip, shape)
+
+
+def missing_compiler(platform: str) -> str | None:
+    """What to install so that programs can be compiled for "tpu" or "cuda" here; None if nothing is missing."""
+    if platform == "tpu":
+        return None if find_spec("libtpu") else 'the TPU compiler is not installed: pip install "tracerl_jax[plan]"'
+    found = find_spec("jax_plugins") and (find_spec("jax_plugins.xla_cuda13") or find_spec("jax_plugins.xla_cuda12"))
+    return None if found else 'the CUDA compiler is not installed: pip install "tracerl_jax[plan]"'
+
+
+def compile_devices(topology: Topology | str) -> list[jax.Device]:
+    """Devices to put into a mesh or a sharding, and to lower and compile for; they hold no data and run nothing.
+
+    JAX itself stays on the CPU. Raises ConfigError where the compiler for the chip is not installed.
+    """
+    topology = parse_topology(topology) if isinstance(topology, str) else topology
+    if missing := missing_compiler(topology.chip.platform):
+        raise ConfigError(f"topology {topology.name!r}: {missing}.")
+    if topology.chip.platform == "cuda":
+        fabric = min(topology.chips, topology.chip.chips_per_fabric)
+        hosts = f"1x{topology.chips // fabric}x{fabric}"
+        config = cuda_target_config(topology.chip)
+        return list(topologies.get_topology_desc(platform="cuda", topology=hosts, target_config=config).devices)
+    for name, value in _TPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    shape = topology.shape + (1,) * (3 - len(topology.shape))
+    options = {"chips_per_host_bounds": [min(shape[0], 2), min(shape[1], 2), 1]}
+    if topology.chip.name in ("v4", "v5p"):  # two cores that act as one device
+        options["chip_config_name"] = "megacore"
+    name = f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
+    except jax.errors.JaxRuntimeError as e:
+        raise ConfigError(f"topology {topology.name!r}: the TPU compiler knows no such slice ({e}).") from e
+
+
+def usable_hbm(chip: Chip) -> int:
+    """Bytes of HBM that JAX gives to programs: of a GPU's memory the share it reserves at start, 75% unless told."""
+    if chip.platform == "tpu":
+        return chip.hbm_bytes
+    return int(chip.hbm_bytes * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")))

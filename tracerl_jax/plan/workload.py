@@ -1,0 +1,78 @@
+"""What a plan must assume about a run because only the data will tell: lengths, speed of reveal, what is kept."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tracerl_jax.diffusion.grid import round_up
+from tracerl_jax.diffusion.trace import Trace
+from tracerl_jax.errors import ConfigError
+
+# Spread of the blocks' difficulty, in logits of the chance of a reveal: easy blocks go in one step, hard ones slowly.
+DIFFICULTY_SPREAD = 2.0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Of one RL step, on average."""
+
+    prompt_tokens: int
+    response_tokens: int
+    tokens_per_step: float = 2.6  # revealed per denoise step and sequence; the paper's SDAR models reach 2 to 2.7
+    kept_fraction: float = 1.0  # of the responses, after the accuracy filter
+
+    def __post_init__(self):
+        if self.prompt_tokens < 1 or self.response_tokens < 1:
+            raise ConfigError("a plan needs at least one prompt token and one response token")
+        if self.tokens_per_step < 1:
+            raise ConfigError(f"tokens_per_step is {self.tokens_per_step}; every step reveals at least one token")
+        if not 0 < self.kept_fraction <= 1:
+            raise ConfigError(f"kept_fraction is {self.kept_fraction}, must lie in (0, 1]")
+
+
+def sample_traces(workload: Workload, count: int, *, block_size: int, temperature: float, seed: int = 0) -> list[Trace]:
+    """Traces of the workload's lengths with random steps; ids and log-probs are zeros."""
+    rng = np.random.default_rng(seed)
+    p, r = workload.prompt_tokens, workload.response_tokens
+    end = round_up(p + r, block_size)
+    traces = []
+    for index in range(count):
+        # Steps are drawn for whole blocks from the start of the block that the prompt ends in.
+        steps = random_steps(rng, end - p // block_size * block_size, block_size, workload.tokens_per_step)
+        steps = steps[p % block_size :]
+        zeros = np.zeros(r, np.float32)
+        trace = Trace(
+            prompt_ids=np.zeros(p, np.int32), ids=np.zeros(r, np.int32), step_map=steps[:r].astype(np.int32),
+            logprobs=zeros, behaviour_logprobs=zeros, tail_ids=np.zeros(end - p - r, np.int32),
+            tail_step_map=steps[r:].astype(np.int32), block_size=block_size, temperature=temperature,
+            denoise_forwards=int(steps.max()), stop_reason="length", sample_index=index,
+        )  # fmt: skip
+        traces.append(trace)
+    return traces
+
+
+def random_steps(rng: np.random.Generator, length: int, B: int, tokens_per_step: float) -> np.ndarray:
+    """A step map [length] with easy and hard blocks that reveals about `tokens_per_step` tokens per denoise step.
+
+    Each step reveals each hidden token with the chance of its block, but at least one. The chances are logistic-normal;
+    their mean is found by bisection on the same random draws. `length` is a multiple of B.
+    """
+    blocks = length // B
+    difficulty, draws, order = rng.normal(size=blocks), rng.random((B, blocks, B)), rng.random((B, blocks, B))
+
+    def decode(ease: float) -> np.ndarray:
+        steps, chance = np.zeros((blocks, B), int), 1 / (1 + np.exp(DIFFICULTY_SPREAD * difficulty - ease))
+        for t in range(B):
+            hidden = steps == 0
+            reveal = hidden & (draws[t] < chance[:, None])
+            first = np.where(hidden, order[t], -1).argmax(1)
+            reveal[np.arange(blocks), first] |= hidden.any(1)
+            steps[reveal] = t + 1
+        before = np.cumsum(steps.max(1)) - steps.max(1)
+        return (steps + before[:, None]).ravel()
+
+    low, high = -10.0, 10.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if length / decode(middle).max() < tokens_per_step else (low, middle)
+    return decode(high)

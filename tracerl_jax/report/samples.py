@@ -1,0 +1,55 @@
+"""Rows of samples.jsonl: a trace, its text and its verdict, with what the trace viewer needs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tracerl_jax.diffusion.trace import Trace
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+MAX_UTF8 = 4  # a character spans at most four byte tokens
+
+
+def sample_row(
+    trace: Trace, *, step: int, phase: str, prompt: str, text: str, reward: float | None,
+    rewards: Mapping[str, float | None] | None = None, accuracy: float | None = None, ground_truth: Any = None,
+    tokenizer=None,
+) -> dict[str, Any]:  # fmt: skip
+    """One row of samples.jsonl: `Trace.to_row` (so `tracerl score` reads it), text and verdict.
+
+    `tokens` holds the decoded piece of each id of `ids`, `tail_tokens` those of `tail_ids`, and `prompt_tail` those of
+    the last p mod B prompt tokens, which share a block with the response. `reward` None means "no verdict".
+    """
+    canvas = [*trace.prompt_ids.tolist(), *trace.ids.tolist(), *trace.tail_ids.tolist()]
+    p, r = len(trace.prompt_ids), len(trace.ids)
+    head = p - p % trace.block_size
+    pieces = decode_pieces(tokenizer, canvas[head:])
+    return {
+        "step": step, "phase": phase, "prompt": prompt, "text": text, **trace.to_row(), "reward": reward,
+        "rewards": dict(rewards or {}), "accuracy": accuracy, "ground_truth": ground_truth,
+        "prompt_tail": pieces[: p - head], "tokens": pieces[p - head : p - head + r],
+        "tail_tokens": pieces[p - head + r :],
+    }  # fmt: skip
+
+
+def decode_pieces(tokenizer, ids: Sequence[int]) -> list[str]:
+    """The text each id adds: the pieces join to the decoded text; [r] strings, in linear time.
+
+    A character made of several byte tokens goes to the token that completes it, "" to the others. Without a tokenizer
+    each piece is the id and a space.
+    """
+    if tokenizer is None:
+        return [f"{i} " for i in ids]
+
+    def decode(part):
+        return tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    # Decode a short window in which the last piece is still context: a piece may depend on its left neighbour.
+    #   ids   . . . [context | new]        text(context + new) = text(context) + piece
+    pieces, context, done = [], 0, 0
+    for i in range(len(ids)):
+        text, before = decode(list(ids[context : i + 1])), decode(list(ids[context:done]))
+        complete = not text.endswith(REPLACEMENT) or i + 1 - done >= MAX_UTF8 or i + 1 == len(ids)
+        pieces.append(text[len(before) :] if complete else "")
+        if complete:
+            context, done = done, i + 1
+    return pieces

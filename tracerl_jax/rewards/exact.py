@@ -1,0 +1,26 @@
+"""Exact match of the final answer."""
+
+from collections.abc import Sequence
+
+from tracerl_jax.rewards.registry import register_reward
+
+MARKER = "#"  # also ends GSM8K's "####"
+
+
+@register_reward("exact_match")
+def exact_match(
+    prompts: Sequence[str], completions: Sequence[str], *, ground_truth_answer: Sequence[object] = (), **columns
+) -> list[float | None]:
+    """1 when the text behind the last `#` (the whole text without one) equals the reference answer, else 0.
+
+    Runs of white space count as one space, and none at the ends. No verdict without a reference answer.
+    """
+    golds = ground_truth_answer or [None] * len(completions)
+    return [
+        None if gold is None else float(_normalise(text.rpartition(MARKER)[2]) == _normalise(str(gold)))
+        for text, gold in zip(completions, golds, strict=True)
+    ]
+
+
+def _normalise(text: str) -> str:
+    return " ".join(text.split())

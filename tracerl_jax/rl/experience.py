@@ -1,0 +1,113 @@
+"""From problems to judged samples with advantages. A sample stays one record from rollout to update."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tracerl_jax.config import RLSection
+from tracerl_jax.data.prompts import Problem
+from tracerl_jax.diffusion.trace import Trace, tokens_per_denoise_step, tokens_per_forward
+from tracerl_jax.rewards import score
+from tracerl_jax.rl.advantages import accuracy_filter, group_zscore, leave_one_out
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One response and everything known about it."""
+
+    problem: Problem
+    trace: Trace
+    text: str
+    group: int  # samples of one problem of a step share it
+    reward: float  # NaN: no verdict
+    rewards: Mapping[str, float]  # by reward function, before weighting
+    correct: float  # 1, 0, or NaN without verdict
+    advantage: float = 0.0
+
+
+def judge(
+    problems: Sequence[Problem],
+    traces: Sequence[Trace],
+    decode: Callable[[np.ndarray], str],
+    *,
+    rewards: Mapping[str, float],
+    accuracy_reward: str,
+    samples_per_prompt: int,
+    truncated_is_wrong: bool,
+) -> list[Sample]:
+    """Score the traces of a step.
+
+    Args:
+        problems: [n]; traces: [n * samples_per_prompt], the samples of a problem side by side.
+        decode: response ids to text.
+        rewards: name -> weight.
+        accuracy_reward: the reward that decides correctness: 1 is correct.
+        truncated_is_wrong: a response that ran into the length limit gets reward 0 and counts as wrong, whatever it
+            says (the reference's rule).
+    """
+    owners = [problem for problem in problems for _ in range(samples_per_prompt)]
+    texts = [decode(trace.ids) for trace in traces]
+    result = score(rewards, [p.prompt_text for p in owners], texts, [p.columns for p in owners])
+    correct = np.where(np.isnan(result.by_name[accuracy_reward]), np.nan, result.by_name[accuracy_reward] >= 1)
+    cut = np.array([truncated_is_wrong and trace.stop_reason == "length" for trace in traces], bool)
+    total = np.where(cut, 0.0, result.total)
+    correct = np.where(cut, 0.0, correct)
+    return [
+        Sample(
+            problem=owner,
+            trace=traces[i],
+            text=texts[i],
+            group=i // samples_per_prompt,
+            reward=float(total[i]),
+            rewards={name: float(values[i]) for name, values in result.by_name.items()},
+            correct=float(correct[i]),
+        )
+        for i, owner in enumerate(owners)
+    ]
+
+
+def select(samples: Sequence[Sample], config: RLSection) -> list[Sample]:
+    """The samples to train on, with their advantages.
+
+    Groups whose accuracy lies outside [accuracy_low, accuracy_high] are dropped whole, and so are groups whose rewards
+    all agree (every advantage would be 0), samples without verdict, and empty responses.
+    """
+    groups = np.array([s.group for s in samples])
+    rewards = np.array([s.reward for s in samples])
+    baseline = group_zscore if config.advantage == "group_zscore" else leave_one_out
+    advantages = baseline(rewards, groups)
+    kept = []
+    for group in np.unique(groups):
+        members = np.flatnonzero(groups == group)
+        verdicts = [samples[i].correct for i in members if not np.isnan(samples[i].correct)]
+        if not verdicts or not np.any(advantages[members]):
+            continue
+        if accuracy_filter([np.mean(verdicts)], config.accuracy_low, config.accuracy_high)[0]:
+            kept += [i for i in members if not np.isnan(rewards[i]) and len(samples[i].trace.ids)]
+    return [dataclasses.replace(samples[i], advantage=float(advantages[i])) for i in kept]
+
+
+def experience_metrics(samples: Sequence[Sample], kept: Sequence[Sample], seconds: float) -> dict[str, float]:
+    """Metrics of a rollout (docs/metrics.md). `seconds` is the wall time of decoding."""
+    rewards = np.array([s.reward for s in samples])
+    judged = rewards[~np.isnan(rewards)]
+    lengths = np.array([len(s.trace.ids) for s in samples])
+    groups = {s.group for s in samples}
+    correct = np.array([s.correct for s in samples])
+    traces = [s.trace for s in samples]
+    return {
+        "reward": float(judged.mean()) if judged.size else float("nan"),
+        "reward_std": float(judged.std()) if judged.size else float("nan"),
+        "no_verdict": float(len(rewards) - judged.size),
+        "groups/kept_fraction": len({s.group for s in kept}) / max(1, len(groups)),
+        "response_length/mean": float(lengths.mean()),
+        "response_length/min": float(lengths.min()),
+        "response_length/max": float(lengths.max()),
+        "rollout/tokens_per_second": float(lengths.sum() / seconds),
+        "response_length/truncated_fraction": float(np.mean([s.trace.stop_reason == "length" for s in samples])),
+        "accuracy": float(np.nanmean(correct)) if not np.isnan(correct).all() else float("nan"),
+        "rollout/tokens_per_denoise_step": tokens_per_denoise_step(traces),
+        "rollout/tokens_per_forward": tokens_per_forward(traces),
+    }

@@ -1,0 +1,247 @@
+"""The RL loop: rollout, reward, values and advantages, value update, policy update, evaluation, save."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from tracerl_jax.config import RunConfig
+from tracerl_jax.data.iterator import PromptIterator
+from tracerl_jax.data.prompts import Problem
+from tracerl_jax.diffusion.trace import Trace
+from tracerl_jax.report.metrics import MetricLog, PhaseTimer, merge
+from tracerl_jax.report.samples import sample_row
+from tracerl_jax.rl.experience import Sample, experience_metrics, judge, select
+from tracerl_jax.rl.objectives import explained_variance
+from tracerl_jax.rl.update import Learner, Replay, plan_replays
+from tracerl_jax.rollout.engine import Engine
+from tracerl_jax.rollout.options import Request
+from tracerl_jax.training.guard import NonFiniteGuard
+from tracerl_jax.training.interrupt import Interrupted
+from tracerl_jax.training.optimizer import make_optimizer, make_schedule
+from tracerl_jax.training.run import Progress, Run, rollout_options
+from tracerl_jax.training.step import UpdateResult
+
+log = logging.getLogger(__name__)
+
+
+def make_learner(run: Run) -> Learner:
+    config = run.config
+    updates = config.rl.steps * config.rl.minibatches * config.rl.epochs
+    return Learner(
+        run.model,
+        dataclasses.replace(
+            config.rl, normaliser_constant=config.rl.normaliser_constant or config.rollout.max_tokens
+        ),
+        config.value,
+        make_optimizer(config.rl.optimizer, updates),
+        make_optimizer(config.value.optimizer, updates),
+    )
+
+
+def train_rl(
+    run: Run, progress: Progress, learner: Learner, evaluate: Callable[[Engine, int, MetricLog], None]
+) -> Progress:
+    """The RL steps from `progress.rl_step` to `rl.steps`.
+
+    `evaluate(engine, step, log)` is called before the first step, every `eval.every` steps, and after the last; a run
+    that goes on repeats the call of the step it stopped at.
+    """
+    config = run.config
+    iterator = PromptIterator(len(run.train_problems), config.seed)
+    if progress.data is not None:
+        iterator.restore(progress.data)
+    guard = NonFiniteGuard(run.path, config.rl.max_skipped_updates, progress.skipped_in_a_row)
+    engine = run.engine(learner.policy.params)
+    metric_log = run.open_log("rl", config.rl.steps, progress.rl_step)
+    timer = PhaseTimer()
+    saved = progress.rl_step
+
+    def save():
+        nonlocal saved
+        if saved != progress.rl_step:
+            with timer("save"):
+                run.save(progress, learner.trees())
+            saved = progress.rl_step
+
+    def settle():
+        """Save and evaluate what the last step left, if it is time. Its metric row is already written: a run that is
+        killed from now on must find there what the checkpoint has behind it."""
+        step, last = progress.rl_step, progress.rl_step >= config.rl.steps
+        if step % config.checkpoint.every == 0 or last:
+            save()
+        if step == 0 or last or (config.eval.every and step % config.eval.every == 0):
+            with timer("eval"):
+                evaluate(engine, step, metric_log)
+
+    try:
+        while progress.rl_step < config.rl.steps:
+            step = progress.rl_step + 1
+            with timer.step(step):
+                settle()
+                chosen = [run.train_problems[i] for i in iterator.next(config.rollout.prompts_per_step)]
+                with timer("rollout"):
+                    traces = roll_out(run, engine, chosen, step)
+                with timer("reward"):
+                    samples = judge_traces(run, chosen, traces)
+                    kept = select(samples, learner.config)
+                engine.update_params(None)  # their memory goes to the updates
+                metrics = experience_metrics(samples, kept, timer.seconds()["seconds/rollout"])
+                metrics |= update(run, learner, kept, step, timer, guard)
+                with timer("sync"):
+                    engine.update_params(learner.policy.params)
+                progress = Progress("rl", progress.sft_step, step, iterator.state(), dict(guard.skipped_in_a_row))
+                write_samples(run, samples, step)
+                run.checkpointer.seal_finished()
+            metric_log.write(step, metrics | timer.seconds())
+        settle()
+    except Interrupted:
+        save()
+        raise
+    finally:
+        metric_log.close()
+    return progress
+
+
+def roll_out(run: Run, engine: Engine, problems: Sequence[Problem], step: int) -> list[Trace]:
+    """Traces of a step, the samples of a problem side by side. Nothing has changed yet: may be interrupted."""
+    section = run.config.rollout
+    # A problem that comes up again in another step must draw other noise.
+    options = rollout_options(run.config, seed=(run.config.seed * 1_000_003 + step) % 2**32)
+    requests = [
+        Request(problem.prompt_ids, options, sample_index=index)
+        for problem in problems
+        for index in range(section.samples_per_prompt)
+    ]
+    return list(run.watch(engine.generate(requests)))
+
+
+def judge_traces(run: Run, problems: Sequence[Problem], traces: Sequence[Trace]) -> list[Sample]:
+    task, section = run.task, run.config.rollout
+    return judge(
+        problems, traces, run.decode,
+        rewards={task.accuracy_reward: 0.0, **task.rewards}, accuracy_reward=task.accuracy_reward,
+        samples_per_prompt=section.samples_per_prompt, truncated_is_wrong=section.truncated_is_wrong,
+    )  # fmt: skip
+
+
+def update(
+    run: Run, learner: Learner, kept: Sequence[Sample], step: int, timer: PhaseTimer, guard: NonFiniteGuard
+) -> dict[str, float]:
+    """Value and policy updates of one step on the kept samples; returns their metrics."""
+    config = run.config
+    block_size = config.rl.block_size or config.rollout.block_size or run.model.config.block_size
+    plan = plan_replays(
+        kept, config.rl, mask_id=run.model.config.mask_token_id, block_size=block_size, seed=config.seed, step=step
+    )
+    if not plan:
+        log.warning("rl step %d: no usable group (see groups/kept_fraction), nothing is updated", step)
+        return {"updates/skipped": 1.0}
+    with timer("replay"):
+        everything = [replay for part in plan for replay in part]
+        everything, metrics = with_old_logprobs(learner, everything)
+        if config.rl.kl_to == "reference":
+            reference = learner.logprobs(learner.reference, everything)
+            everything = [
+                dataclasses.replace(r, reference_logp=logp) for r, logp in zip(everything, reference, strict=True)
+            ]
+    if config.value.enabled:
+        with timer("values"):
+            everything = learner.with_values(everything)
+    else:
+        everything = [dataclasses.replace(r, advantages=r.sample.advantage) for r in everything]
+    sizes = np.cumsum([len(part) for part in plan])[:-1]
+    plan = [list(part) for part in np.split(np.array(everything, object), sizes)]
+
+    value_results = []
+    if config.value.enabled and step % config.value.train_every == 0:
+        with timer("update_value"):
+            value_results = guarded(learner.update_value, plan, guard, f"rl step {step}", "value")
+            metrics |= value_metrics(config, value_results, learner)
+    with timer("update_policy"):
+        policy_results = guarded(learner.update_policy, plan, guard, f"rl step {step}", "policy")
+        metrics |= policy_metrics(config, policy_results, learner)
+    return metrics | {"updates/skipped": float(sum(bool(r.skipped) for r in (*value_results, *policy_results)))}
+
+
+def guarded(update: Callable, plan: list[list[Replay]], guard: NonFiniteGuard, *where: str) -> list[UpdateResult]:
+    """One update after the other, each looked at by `guard`."""
+    results = []
+    for part in plan:
+        result, batch = update(part)
+        guard.check(result, batch, *where)
+        results.append(result)
+    return results
+
+
+def with_old_logprobs(learner: Learner, replays: list[Replay]) -> tuple[list[Replay], dict[str, float]]:
+    """Old log-probs (the sampler's or recomputed), and how far replay is from rollout where it visits the same states.
+
+    The gap is measured on every token when the log-probs are recomputed, else on one micro-batch's worth of samples.
+    """
+    if learner.config.old_logprobs == "recompute":
+        recomputed = learner.logprobs(learner.policy.params, replays)
+        replays = [dataclasses.replace(r, old_logp=logp) for r, logp in zip(replays, recomputed, strict=True)]
+        checked = replays
+    else:
+        replays = [dataclasses.replace(r, old_logp=r.sample.trace.logprobs) for r in replays]
+        checked = replays[: learner.samples_per_micro_batch(replays)]
+        recomputed = learner.logprobs(learner.policy.params, checked)
+    same_blocks = all(r.item.block_size == r.sample.trace.block_size for r in checked)
+    if learner.config.method != "tracerl" or learner.config.shrink > 1 or not same_blocks:  # states never visited
+        return replays, {}
+    gaps = np.concatenate(
+        [np.abs(logp - r.sample.trace.logprobs) for r, logp in zip(checked, recomputed, strict=True)]
+    )
+    return replays, {"replay/logprob_gap_max": float(gaps.max()), "replay/logprob_gap_mean": float(gaps.mean())}
+
+
+def policy_metrics(config: RunConfig, results: Sequence[UpdateResult], learner: Learner) -> dict[str, float]:
+    means = merge([r.metrics for r in results])
+    results, updates = jax.device_get((list(results), learner.policy.updates))
+    schedule = make_schedule(config.rl.optimizer, config.rl.steps * config.rl.minibatches * config.rl.epochs)
+    reference = {"policy/kl_reference": means["kl_loss"]} if config.rl.kl_to == "reference" else {}
+    return reference | {
+        "policy/loss": float(np.mean([r.loss for r in results])),
+        "policy/grad_norm": float(np.mean([r.grad_norm for r in results])),
+        "policy/kl": means["approx_kl"],
+        "policy/clip_fraction": means["clip_fraction"],
+        "policy/ratio_mean": means["ratio"],
+        "policy/entropy": means["entropy"],
+        "replay/packing_efficiency": means["packing_efficiency"],
+        "policy/lr": float(schedule(max(0, int(updates) - 1))),
+    }
+
+
+def value_metrics(config: RunConfig, results: Sequence[UpdateResult], learner: Learner) -> dict[str, float]:
+    means = merge([r.metrics for r in results])
+    results, updates = jax.device_get((list(results), learner.value.updates))
+    schedule = make_schedule(config.value.optimizer, config.rl.steps * config.rl.minibatches * config.rl.epochs)
+    return {
+        "value/loss": means["value_loss"],
+        "value/explained_variance": explained_variance(means),
+        "value/grad_norm": float(np.mean([r.grad_norm for r in results])),
+        "value/lr": float(schedule(max(0, int(updates) - 1))),
+    }
+
+
+def write_samples(run: Run, samples: Sequence[Sample], step: int) -> None:
+    """The first samples of the step, from as many groups as possible."""
+    section = run.config.rollout
+    limit = run.config.report.samples_per_step
+    spread = sorted(range(len(samples)), key=lambda i: (i % section.samples_per_prompt, i))[:limit]
+    run.folder.append_samples(
+        sample_row(
+            sample.trace, step=step, phase="rl", prompt=sample.problem.prompt_text, text=sample.text,
+            reward=_known(sample.reward), rewards={k: _known(v) for k, v in sample.rewards.items()},
+            accuracy=_known(sample.correct), ground_truth=sample.problem.columns.get("ground_truth_answer"),
+            tokenizer=run.tokenizer,
+        )
+        for sample in (samples[i] for i in sorted(spread))
+    )  # fmt: skip
+
+
+def _known(value: float) -> float | None:
+    return None if np.isnan(value) else value

@@ -1,0 +1,82 @@
+"""What a caller asks of the engine: decoding options and requests, validated before anything runs."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tracerl_jax.diffusion.reveal import strategy_code
+from tracerl_jax.errors import ConfigError
+
+CONFIDENCES = ("policy", "truncated")
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How one request is decoded. Requests with different options may share a batch if their block_size agrees.
+
+    Raises ConfigError naming the field on construction.
+    """
+
+    strategy: str = "dynamic"  # static, dynamic, sequential, entropy_bounded; see diffusion/reveal.py
+    threshold: float = 0.9  # dynamic: reveal what has a higher confidence
+    entropy_bound: float = 0.35  # entropy_bounded: nats per denoise step
+    denoising_steps: int | None = None  # per block, at least 1; None = block_size, that is one token at a time
+    block_size: int | None = None  # None = the model's
+    max_tokens: int = 256  # length limit of the completion
+    temperature: float = 1.0  # 0 = greedy
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0  # 1 = off
+    seed: int = 0
+    ignore_eos: bool = False  # do not stop at the engine's stop ids; `stop_ids` still count
+    confidence: str = "policy"  # "truncated" ranks by the probability after top-k and top-p, as the reference does
+    stop_ids: tuple[int, ...] | None = None  # stop at these too
+
+    def __post_init__(self) -> None:
+        strategy_code(self.strategy)
+        _check_number(self, "threshold", 0, 1)
+        _check_number(self, "entropy_bound", 0, math.inf)
+        _check_int(self, "denoising_steps", 1, 2**31 - 1, optional=True)
+        _check_int(self, "block_size", 1, 2**31 - 1, optional=True)
+        _check_int(self, "max_tokens", 1, 2**31 - 1)
+        _check_number(self, "temperature", 0, math.inf)
+        _check_int(self, "top_k", 0, 2**31 - 1)
+        _check_number(self, "top_p", 0, 1)
+        if self.top_p == 0:
+            raise ConfigError("top_p is 0; it must be above 0 (1 is off, temperature 0 is greedy)")
+        _check_int(self, "seed", 0, 2**32 - 1)
+        if not isinstance(self.ignore_eos, bool):
+            raise ConfigError(f"ignore_eos is {self.ignore_eos!r}; it must be true or false")
+        if self.confidence not in CONFIDENCES:
+            raise ConfigError(f"confidence is {self.confidence!r}; use one of {', '.join(CONFIDENCES)}")
+        if self.stop_ids is not None:
+            if not isinstance(self.stop_ids, Sequence) or not all(_is_int(i) and i >= 0 for i in self.stop_ids):
+                raise ConfigError(f"stop_ids is {self.stop_ids!r}; it must be a list of token ids")
+            object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sample to draw. Its result depends on the prompt, the options and the sample index only."""
+
+    prompt_ids: Sequence[int]
+    options: SamplingOptions = field(default_factory=SamplingOptions)
+    sample_index: int = 0  # tells samples of one prompt apart
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_int(options: SamplingOptions, name: str, low: int, high: int, optional: bool = False) -> None:
+    value = getattr(options, name)
+    if optional and value is None:
+        return
+    if not _is_int(value) or not low <= value <= high:
+        raise ConfigError(f"{name} is {value!r}; it must be an integer from {low} to {high}")
+
+
+def _check_number(options: SamplingOptions, name: str, low: float, high: float) -> None:
+    value = getattr(options, name)
+    is_number = _is_int(value) or isinstance(value, float)
+    if not is_number or not math.isfinite(value) or not low <= value <= high:
+        raise ConfigError(f"{name} is {value!r}; it must be a number from {low} to {high}")

@@ -1,0 +1,67 @@
+"""The policy's weights as decoding wants them: in the compute dtype, and whole except for what `tensor` splits.
+
+Training keeps float32 masters that the fsdp axis spreads. A decode forward reads every weight for a few tokens per
+sequence: gathering and casting them each time would cost more than the forward. So they are copied once per RL step:
+
+    training mesh   data x fsdp x tensor         the same devices, in the same order
+    rollout mesh    (all / tensor) x 1 x tensor
+"""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from tracerl_jax.errors import ConfigError
+from tracerl_jax.models import Model
+from tracerl_jax.models.decoder import Params
+from tracerl_jax.parallel.mesh import AXES
+from tracerl_jax.parallel.sharding import param_shardings
+
+
+def rollout_model(model: Model, tensor: int | None = None) -> Model:
+    """The model for decoding on its mesh's devices, of which `tensor` (default: as in training) share one copy.
+
+    Raises ConfigError where the devices or the model cannot be split so.
+    """
+    if model.mesh is None:
+        return model
+    tensor, count = tensor or model.mesh.shape["tensor"], model.mesh.size
+    if count % tensor:
+        raise ConfigError(f"rollout.tensor is {tensor}, which does not divide the {count} devices of the mesh")
+    devices = np.reshape(model.mesh.devices, (count // tensor, 1, tensor))
+    return dataclasses.replace(model, mesh=Mesh(devices, AXES, axis_types=model.mesh.axis_types))
+
+
+def rollout_params(model: Model, params: Params) -> Params:
+    """`params` as `model` wants them; themselves, not a copy, where they are so already."""
+    return convert(model, params) if needs_copy(model, params) else params
+
+
+def needs_copy(model: Model, params: Params) -> bool:
+    def differs(leaf, wanted):
+        same_place = model.mesh is None or leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+        return leaf.dtype != wanted.dtype or not same_place
+
+    return any(jax.tree.leaves(jax.tree.map(differs, params, abstract_rollout_params(model))))
+
+
+def abstract_rollout_params(model: Model) -> Params:
+    """What `rollout_params` returns, as `jax.ShapeDtypeStruct`s."""
+    shapes = jax.eval_shape(model.in_compute_dtype, model.abstract_params())
+    if model.mesh is None:
+        return shapes
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes, param_shardings(model, model.mesh),
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def convert(model: Model, params: Params) -> Params:
+    params = model.in_compute_dtype(params)
+    if model.mesh is None:
+        return params
+    return jax.lax.with_sharding_constraint(params, param_shardings(model, model.mesh))

@@ -1,0 +1,71 @@
+"""Supervised examples and the replay items an update trains on; fresh masks every time an example comes up."""
+
+import dataclasses
+import logging
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from tracerl_jax.config import RunConfig, SFTSection
+from tracerl_jax.data.prompts import Example, encode_sft
+from tracerl_jax.data.tasks import Task, load_rows
+from tracerl_jax.diffusion.corruption import draw_masks, sample_rng
+from tracerl_jax.diffusion.grid import round_up
+from tracerl_jax.diffusion.replay import ReplayItem, masking_item, trace_item
+
+log = logging.getLogger(__name__)
+
+
+def load_examples(task: Task, tokenizer, config: RunConfig) -> list[Example]:
+    """Examples of `sft.path`, or the solutions of the task's training rows. Raises DataError for bad rows."""
+    bad = config.task.on_bad_row
+    rows = load_rows(config.sft.path, one_of=("response", "ids"), on_bad_row=bad) if config.sft.path else task.train
+    examples = encode_sft(
+        rows, tokenizer, task.template, max_prompt_tokens=config.task.max_prompt_tokens,
+        max_response_tokens=config.sft.max_response_tokens, on_bad_row=bad,
+    )  # fmt: skip
+    if config.sft.method == "trace" and all(example.step_map is None for example in examples):
+        log.warning("sft.method=trace, but no row has a step_map: responses are replayed left to right, token by token")
+    return examples
+
+
+def fill_last_block(example: Example, block_size: int, eos_id: int, stop_ids: Collection[int]) -> Example:
+    """Continue a response that ends in EOS or another stop id with EOS to the end of its last block.
+
+    Decoding always denoises whole blocks, so the model must know what comes behind its EOS; without these targets it
+    would guess, and a low confidence there would cost denoise steps. Behind a response that was cut off nothing is
+    known: there the last block stays masked. A missing step map becomes left to right in any case.
+    """
+    length, ended = len(example.response_ids), {eos_id, *stop_ids}
+    missing = round_up(len(example.prompt_ids) + length, block_size) - len(example.prompt_ids) - length
+    missing = missing if int(example.response_ids[-1]) in ended else 0
+    step_map = np.arange(1, length + 1) if example.step_map is None else example.step_map
+    return dataclasses.replace(
+        example,
+        response_ids=np.concatenate([example.response_ids, np.full(missing, eos_id)]).astype(np.int32),
+        step_map=np.concatenate([step_map, np.full(missing, step_map.max() + 1)]).astype(np.int32),
+    )
+
+
+def make_items(
+    examples: Sequence[Example], config: SFTSection, *, block_size: int, mask_id: int, seed: int, update: int
+) -> list[ReplayItem]:
+    """Replay items of one update. Masks depend on (seed, update, place in the update) only."""
+    items = []
+    for place, example in enumerate(examples):
+        if config.method == "trace":
+            item = trace_item(
+                example.prompt_ids, example.response_ids, example.step_map,
+                block_size=block_size, mask_id=mask_id, shrink=config.shrink,
+            )  # fmt: skip
+        else:
+            masked, ratio = draw_masks(
+                sample_rng(seed, update, place), len(example.prompt_ids), len(example.response_ids),
+                block_size=block_size, low=config.mask_low, high=config.mask_high,
+            )  # fmt: skip
+            item = masking_item(
+                example.prompt_ids, example.response_ids, masked, block_size=block_size, mask_id=mask_id,
+                weights=1.0 / ratio if config.inverse_ratio_weight else None,
+            )  # fmt: skip
+        items.append(item)
+    return items

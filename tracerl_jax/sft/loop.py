@@ -1,0 +1,99 @@
+"""Supervised training of a block-diffusion model: masked blocks (semi-AR) or replayed decoding orders (trace)."""
+
+import time
+from functools import partial
+
+import numpy as np
+
+from tracerl_jax.data.iterator import PromptIterator
+from tracerl_jax.diffusion.packing import pack
+from tracerl_jax.models import Model
+from tracerl_jax.parallel.sharding import row_shards
+from tracerl_jax.report.metrics import DelayedMetrics
+from tracerl_jax.rl.logprobs import packed_logprobs
+from tracerl_jax.rl.objectives import cross_entropy
+from tracerl_jax.sft.examples import fill_last_block, load_examples, make_items
+from tracerl_jax.training.guard import NonFiniteGuard
+from tracerl_jax.training.interrupt import Interrupted
+from tracerl_jax.training.optimizer import make_optimizer, make_schedule
+from tracerl_jax.training.run import Progress, Run
+from tracerl_jax.training.step import TrainState, Updater
+
+
+def sft_objective(model: Model, params, batch):
+    """Weighted cross entropy at the masked positions; `batch` is {"rows": PackedRows}."""
+    rows = batch["rows"]
+    logp, _ = packed_logprobs(model, params, rows)
+    return cross_entropy(logp, rows.target_weight)
+
+
+def train_sft(run: Run, progress: Progress, state: TrainState) -> tuple[Progress, TrainState]:
+    """The updates from `progress.sft_step` to `sft.steps`; `state` is donated."""
+    config, model = run.config.sft, run.model
+    block_size = run.config.rollout.block_size or model.config.block_size
+    examples = [
+        fill_last_block(example, block_size, model.config.eos_token_id, model.config.stop_token_ids)
+        for example in load_examples(run.task, run.tokenizer, run.config)
+    ]
+    iterator = PromptIterator(len(examples), run.config.seed)
+    if progress.data is not None:
+        iterator.restore(progress.data)
+    schedule = make_schedule(config.optimizer, config.steps)
+    rows_per_micro_batch = config.rows_per_device * row_shards(model.mesh)
+    updater = Updater(partial(sft_objective, model), make_optimizer(config.optimizer, config.steps), model.mesh)
+    guard = NonFiniteGuard(run.path, run.config.rl.max_skipped_updates, progress.skipped_in_a_row)
+    log = run.open_log("sft", config.steps, progress.sft_step)
+    metrics = DelayedMetrics(log)
+    tokens, since, previous = 0, time.perf_counter(), None
+
+    def settle():
+        """Look at what the device has done: `progress` and metrics.jsonl are up to date afterwards."""
+        nonlocal previous
+        if previous is not None:
+            guard.check(*previous)
+        previous = None
+        progress.skipped_in_a_row = dict(guard.skipped_in_a_row)
+        metrics.flush()
+
+    def save():
+        settle()  # a run that is killed from now on must find in metrics.jsonl what the checkpoint has behind it
+        run.save(progress, {"params": state.params, "train": state._replace(params=())})
+
+    try:
+        while progress.sft_step < config.steps:
+            run.stop.check()
+            update = progress.sft_step + 1
+            chosen = [examples[i] for i in iterator.next(config.sequences_per_update)]
+            items = make_items(
+                chosen, config, block_size=block_size, mask_id=model.config.mask_token_id,
+                seed=run.config.seed, update=update,
+            )  # fmt: skip
+            rows = pack(items, row_length=config.row_length)
+            denominator = max(1.0, float(np.sum(rows.target_weight)))
+            batches = [{"rows": part} for part in rows.split(rows_per_micro_batch)]
+            state, result = updater.update(state, batches, denominator)
+            if previous is not None:  # looked at one update late: the device is never waited for
+                guard.check(*previous)
+            previous = (result, batches[-1], f"sft update {update}")
+            tokens += rows.token_count
+            progress = Progress("sft", update, 0, iterator.state())
+            if update % config.log_every == 0 or update == config.steps:
+                now = time.perf_counter()
+                row = {
+                    "sft/loss": result.loss,
+                    "sft/grad_norm": result.grad_norm,
+                    "sft/lr": float(schedule(update - 1)),
+                    "sft/skipped": update - state.updates,
+                    "sft/tokens_per_second": tokens / (now - since),
+                }
+                metrics.write(update, row)
+                tokens, since = 0, now
+            if update % run.config.checkpoint.sft_every == 0 or update == config.steps:
+                save()
+        settle()
+    except Interrupted:
+        save()
+        raise
+    finally:
+        log.close()
+    return progress, state

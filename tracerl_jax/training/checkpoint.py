@@ -1,0 +1,283 @@
+"""Orbax checkpoints of a run: atomic, asynchronous, verified when they are read.
+
+    runs/<name>/checkpoints/<step>/params   policy parameters alone: what rollout, evaluation and export need
+                                  /value    value parameters (when there are any)
+                                  /train    optimizer states and update counters
+                                  /data     JSON: phase, steps, position in the data
+                                  /meta     JSON: resolved config, versions
+    runs/<name>/checksums/<step>.json       size and CRC-32 of every file, written once the checkpoint is complete
+
+A step folder appears only when it is complete (Orbax writes elsewhere and renames). A folder that was damaged later is
+found by its checksums, or by a failing read where a kill came before them; it is set aside and the one before is used.
+"""
+
+import errno
+import json
+import logging
+import os
+import threading
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from tracerl_jax.config import CheckpointSection
+from tracerl_jax.errors import CheckpointError, UserError
+from tracerl_jax.files import write_json
+
+log = logging.getLogger(__name__)
+
+TREES = ("params", "value", "train")
+DOCUMENTS = ("data", "meta")
+
+
+class Checkpointer:
+    """Saves and restores the state of one run folder."""
+
+    def __init__(self, run_path: str | os.PathLike, options: CheckpointSection):
+        self._root = Path(run_path).absolute()
+        self._folder = self._root / "checkpoints"
+        self._checksums = self._root / "checksums"
+        self._checksums.mkdir(parents=True, exist_ok=True)
+        policies = [ocp.checkpoint_managers.LatestN(options.keep_last)]
+        if options.keep_every:
+            policies.append(_EveryRLStep(self._folder, options.keep_every))
+        self._options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+            save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1),
+            enable_async_checkpointing=True,
+        )
+        self._manager = self._open_manager()
+        self._unsealed: list[int] = [s for s in self._manager.all_steps() if not self._seal_path(s).exists()]
+        self._sealer: threading.Thread | None = None
+
+    def _open_manager(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(self._folder, options=self._options, item_names=TREES + DOCUMENTS)
+
+    @property
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, trees: dict[str, Any], documents: dict[str, dict]) -> None:
+        """Start writing a checkpoint; returns when the arrays may be changed again.
+
+        Args:
+            step: larger than every step saved before.
+            trees: `params`, `train` and possibly `value`.
+            documents: JSON-able `data` and `meta`.
+        Raises CheckpointError when the disk is full (also for the save before this one).
+        """
+        if step in self._manager.all_steps():
+            return
+        args = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        args |= {name: ocp.args.JsonSave(document) for name, document in documents.items()}
+        with disk_errors(self._folder):
+            self._manager.save(step, args=ocp.args.Composite(**args))
+        self._unsealed.append(step)
+        self.seal_finished()
+
+    def restore(self, abstract: Callable[[dict], dict[str, Any]]) -> tuple[int, dict[str, Any], dict[str, dict]] | None:
+        """The newest checkpoint that is whole: (step, trees, documents); None for a run that has never saved one.
+
+        Newer ones that are damaged are set aside: those that differ from their checksums, and those that have none and
+        cannot be read.
+
+        `abstract(documents)` gives item name -> tree of ShapeDtypeStruct with shardings; another mesh than at saving
+        is fine.
+        Raises CheckpointError, and moves nothing, when the newest whole one cannot be read for another reason (memory,
+        permissions, another model), and when there are or were checkpoints and none of them is whole.
+        """
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            checksums = self._read_seal(step)
+            try:
+                problem = self._verify(step, checksums)
+                restored = (step, *self._read(step, abstract)) if problem is None else None
+            except UserError:
+                raise
+            except Exception as error:  # Orbax raises whatever its parts raise
+                problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                if checksums is not None:
+                    raise CheckpointError(
+                        f"{self._folder / str(step)}: cannot be read ({problem}), although its files are as they were "
+                        "written; nothing was changed. Check permissions, free memory (of the devices too) and the "
+                        "versions of the packages, and run the same command again"
+                    ) from error
+                restored = None
+            if restored is not None:
+                for number, reason in damaged.items():
+                    self._set_aside(number, reason)
+                return restored
+            damaged[step] = problem
+        if damaged:
+            reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
+            raise CheckpointError(
+                f"{self._folder}: none of the checkpoints can be read ({reasons}); nothing was changed. Restore the "
+                "folder from a copy, or start a new run with another --config.name"
+            )
+        if any(self._root.glob("damaged-checkpoint-*")):
+            raise CheckpointError(
+                f"{self._root}: has damaged checkpoints (damaged-checkpoint-*) and none that can be read, so it would "
+                "start from nothing. Restore checkpoints/ from a copy, start a new run with another --config.name, or "
+                "remove the damaged ones to start again here"
+            )
+        return None
+
+    def _read(self, step: int, abstract: Callable[[dict], dict[str, Any]]) -> tuple[dict[str, Any], dict[str, dict]]:
+        documents = self._restore_items(step, {name: ocp.args.JsonRestore() for name in DOCUMENTS})
+        trees = {name: ocp.args.StandardRestore(tree) for name, tree in abstract(documents).items()}
+        return self._restore_items(step, trees), documents
+
+    def _restore_items(self, step: int, args: dict[str, Any]) -> dict[str, Any]:
+        items = self._manager.restore(step, args=ocp.args.Composite(**args))
+        return {name: items[name] for name in args}
+
+    def _set_aside(self, step: int, problem: str) -> None:
+        damaged = self._folder / str(step)
+        kept = self._root / f"damaged-checkpoint-{step}"
+        number = 1
+        while kept.exists():
+            number += 1
+            kept = self._root / f"damaged-checkpoint-{step}-{number}"
+        log.warning("checkpoint %s is damaged (%s): moved to %s, using the one before", damaged, problem, kept)
+        self._manager.close()
+        damaged.rename(kept)
+        self._unsealed = [s for s in self._unsealed if s != step]  # the number may come again
+        self._seal_path(step).unlink(missing_ok=True)
+        self._manager = self._open_manager()
+
+    # Checksums. They are computed by a thread of their own once Orbax has committed the folder.
+
+    def _seal_path(self, step: int) -> Path:
+        return self._checksums / f"{step}.json"
+
+    def seal_finished(self) -> None:
+        """Write checksums of checkpoints that have been committed since; call it now and then, it does not block."""
+        if self._manager.is_saving_in_progress() or (self._sealer and self._sealer.is_alive()):
+            return
+        steps, self._unsealed = self._unsealed, []
+        if steps:
+            self._sealer = threading.Thread(target=self._seal, args=(steps,), daemon=True)
+            self._sealer.start()
+
+    def _seal(self, steps: list[int]) -> None:
+        for step in steps:
+            try:
+                write_json(self._seal_path(step), _checksums(self._folder / str(step)))
+            except FileNotFoundError:  # dropped by the preservation policy meanwhile
+                continue
+            except (OSError, UserError) as error:
+                log.warning("no checksums for checkpoint %d: %s", step, error)
+        for path in self._checksums.glob("*.json"):
+            if not (self._folder / path.stem).exists():
+                path.unlink(missing_ok=True)
+
+    def _read_seal(self, step: int) -> dict[str, list[int]] | None:
+        try:
+            return json.loads(self._seal_path(step).read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def _verify(self, step: int, expected: dict[str, list[int]] | None) -> str | None:
+        """What is wrong with a step folder, or None. A folder without checksums is only checked by reading it."""
+        if expected is None:
+            return None
+        found = _checksums(self._folder / str(step))
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        return f"{len(wrong)} files differ from their checksums, the first is {wrong[0]}" if wrong else None
+
+    def wait(self) -> None:
+        """Block until everything is on disk and has its checksums."""
+        with disk_errors(self._folder):
+            self._manager.wait_until_finished()
+        if self._sealer:
+            self._sealer.join()
+        self.seal_finished()
+        if self._sealer:
+            self._sealer.join()
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+
+@dataclass(frozen=True)
+class _EveryRLStep:
+    """Orbax policy: keeps checkpoints whose RL step is a multiple of `every`. Step numbers of checkpoints count the
+    updates of the warm-up too, so the RL step is read from the checkpoint; the one still being written is the newest,
+    which is kept anyway."""
+
+    folder: Path
+    every: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [self._is_kept(checkpoint.step) for checkpoint in checkpoints]
+
+    def _is_kept(self, step: int) -> bool:
+        try:
+            progress = json.loads((self.folder / str(step) / "data" / "metadata").read_text())
+        except (OSError, ValueError):
+            return False
+        return progress["phase"] == "rl" and progress["rl_step"] % self.every == 0
+
+
+def load_params(path: str | os.PathLike, abstract: Any, step: int | None = None) -> Any:
+    """The policy parameters alone, from a run folder or its `checkpoints` folder (default: the newest step).
+
+    `abstract` is a tree of ShapeDtypeStruct, with shardings if wanted. Raises CheckpointError.
+    """
+    folder = Path(path).absolute()
+    folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / "params").is_dir())
+    if not steps:
+        raise CheckpointError(f"{folder}: no checkpoint with an item `params`; give a run folder (runs/<name>)")
+    if step is not None and step not in steps:
+        raise CheckpointError(f"{folder}: no step {step}; there are {steps}")
+    chosen = folder / str(steps[-1] if step is None else step) / "params"
+    try:
+        return ocp.StandardCheckpointer().restore(chosen, abstract)
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{chosen}: cannot be read: {error}") from error
+
+
+def abstract_like(tree: Any) -> Any:
+    """Shapes, dtypes and shardings of a tree of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def _checksums(folder: Path) -> dict[str, list[int]]:
+    """{relative path: [bytes, CRC-32]} of every file below a folder."""
+    sums = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        crc = 0
+        with path.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                crc = zlib.crc32(chunk, crc)
+        sums[path.relative_to(folder).as_posix()] = [path.stat().st_size, crc]
+    return sums
+
+
+class disk_errors:
+    """Turns a full disk, however Orbax wraps it, into a CheckpointError with the remedy."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        chain = error
+        while chain is not None:
+            full = isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT)
+            if full or "No space left" in str(chain) or "Disk quota exceeded" in str(chain):
+                raise CheckpointError(
+                    f"{self._folder}: the disk is full. Earlier checkpoints are intact: free some space and run the "
+                    "same command again"
+                ) from error
+            chain = chain.__cause__ or chain.__context__
+        return False

@@ -1,0 +1,273 @@
+"""A run: its folder, model, task and checkpoints, opened for a new start or to go on where it stopped.
+
+    runs/<name>/
+      config.json, metrics.jsonl, samples.jsonl, summary.json   report/run_dir.py
+      model/          config and tokenizer of the model, without weights
+      checkpoints/    Orbax, see training/checkpoint.py
+      reference/      frozen policy of rl.kl_to=reference, written once
+      hf/             the trained model as a Hugging Face folder, written at the end
+"""
+
+import contextlib
+import dataclasses
+import logging
+import platform
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import tracerl_jax
+from tracerl_jax import config_io
+from tracerl_jax.config import RunConfig
+from tracerl_jax.data.char_tokenizer import build_char_tokenizer
+from tracerl_jax.data.prompts import Problem, encode_prompts
+from tracerl_jax.data.tasks import Task, load_task
+from tracerl_jax.diffusion.grid import round_up
+from tracerl_jax.diffusion.trace import Trace
+from tracerl_jax.errors import ConfigError
+from tracerl_jax.evals.runner import protocol
+from tracerl_jax.interop.folders import copy_companions, read_json, whole_folder
+from tracerl_jax.interop.hf_config import read_model_config
+from tracerl_jax.interop.hf_load import load_hf, stored_dtype
+from tracerl_jax.interop.hf_save import save_hf, save_model_files
+from tracerl_jax.interop.tokenizer import decode, load_tokenizer, mask_token_id, valid_vocab
+from tracerl_jax.models import PRESETS, Model
+from tracerl_jax.parallel.mesh import make_mesh
+from tracerl_jax.parallel.sharding import row_shards
+from tracerl_jax.report.metrics import MetricLog, open_log
+from tracerl_jax.report.run_dir import RunDir
+from tracerl_jax.rollout.engine import Engine
+from tracerl_jax.rollout.options import SamplingOptions
+from tracerl_jax.rollout.weights import rollout_model
+from tracerl_jax.training.checkpoint import Checkpointer
+from tracerl_jax.training.interrupt import StopSignal
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run is: all of it that is not an array. Saved with every checkpoint."""
+
+    phase: str = "sft"  # "sft" or "rl"
+    sft_step: int = 0
+    rl_step: int = 0
+    data: dict | None = None  # position of the phase's PromptIterator
+    skipped_in_a_row: dict[str, int] = dataclasses.field(default_factory=dict)  # see training/guard.py
+
+    @property
+    def checkpoint_step(self) -> int:
+        return self.sft_step + self.rl_step
+
+
+class Run:
+    """Everything the loops share. Use as a context manager; it holds the lock of the run folder."""
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        self.path = Path(config.runs_dir) / config.name
+        self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        rollout_options(config, seed=0)  # for its ConfigError
+        self.protocols = eval_protocols(config)
+        self._exit = contextlib.ExitStack()
+        self.folder = self._exit.enter_context(RunDir(self.path))
+        try:
+            if self.folder.config:
+                self.folder.write_config(config_io.to_dict(config))
+            self.task = self._load_task()
+            self.model = self._open_model()
+            config.check_states(self.model.config.block_size)
+            self.tokenizer = self._open_tokenizer()
+            # Bad rows are found now, not after hours of warm-up.
+            self.train_problems = self._problems(self.task.train) if config.rl.steps else []
+            self.test_problems = self._problems(self.task.test) if self.task.test else []
+            # A new run folder is tied to its config only now: what failed above may be mended under the same name.
+            self.folder.write_config(config_io.to_dict(config))
+            self.checkpointer = Checkpointer(self.path, config.checkpoint)
+            self._exit.callback(self.checkpointer.close)
+            self.stop = self._exit.enter_context(StopSignal())
+        except BaseException:
+            self._exit.__exit__(*sys.exc_info())
+            raise
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *error) -> bool | None:
+        return self._exit.__exit__(*error)
+
+    def _load_task(self) -> Task:
+        section = self.config.task
+        return load_task(
+            section.name,
+            path=section.path,
+            eval_path=section.eval_path,
+            template=section.template,
+            rewards=section.rewards,
+            train_limit=section.train_limit,
+            eval_limit=self.config.eval.limit,
+            options=section.options,
+            on_bad_row=section.on_bad_row,
+        )
+
+    def _problems(self, rows: list[dict]) -> list[Problem]:
+        """Rows of the task as prompts, by the task's template and limits."""
+        section = self.config.task
+        return encode_prompts(
+            rows, self.tokenizer, self.task.template, section.max_prompt_tokens, on_bad_row=section.on_bad_row
+        )
+
+    # Model
+
+    def _open_model(self) -> Model:
+        """The model description; its config and tokenizer are kept in <run>/model from the first start on."""
+        section, folder = self.config.model, self.path / "model"
+        if not self.folder.config or not folder.exists():
+            with whole_folder(folder, overwrite=True) as partial:
+                if section.path is not None:
+                    model, dtype = Model(read_model_config(section.path)), stored_dtype(section.path)
+                    save_model_files(partial, model, source=section.path, dtype=dtype)
+                else:
+                    self._write_preset(partial)
+                if section.tokenizer is not None:
+                    copy_companions(section.tokenizer, partial)
+        config = read_model_config(
+            folder,
+            dtype=section.dtype,
+            remat=section.remat,
+            scan_layers=section.scan_layers,
+            attention=section.attention,
+        )
+        model = Model(config, mesh=self.mesh)
+        rollout_model(model, self.config.rollout.tensor)  # for its ConfigError
+        return model
+
+    def _open_tokenizer(self):
+        """Raises ConfigError when the model has none, or one that does not go with the model."""
+        tokenizer, section = load_tokenizer(self.path / "model"), self.config.model
+        if tokenizer is None:
+            raise ConfigError(
+                "training needs a tokenizer (rewards read text): set model.tokenizer to a folder that has one"
+            )
+        folder, mask, config = section.tokenizer or section.path, mask_token_id(tokenizer), self.model.config
+        if len(tokenizer) > config.vocab_size:
+            raise ConfigError(
+                f"{folder}: the tokenizer has {len(tokenizer)} ids, the model only {config.vocab_size}: "
+                "set model.tokenizer to the one the model was trained with"
+            )
+        if mask != config.mask_token_id and (mask is not None or config.mask_token_id < len(tokenizer)):
+            has = "no mask token" if mask is None else f"mask id {mask}"
+            raise ConfigError(
+                f"{folder}: the tokenizer has {has}, the model's mask id is {config.mask_token_id}: "
+                "set model.tokenizer to the one the model was trained with, or add its mask token"
+            )
+        return tokenizer
+
+    def _write_preset(self, folder: Path) -> None:
+        section = self.config.model
+        if section.preset not in PRESETS:
+            raise ConfigError(f"unknown model.preset {section.preset!r}; there are {', '.join(PRESETS)}")
+        config = PRESETS[section.preset]
+        if section.tokenizer is not None:
+            tokenizer = load_tokenizer(section.tokenizer)
+        else:
+            tokenizer = build_char_tokenizer(folder) if self.config.task.name == "arithmetic" else None
+        if tokenizer is None:
+            raise ConfigError("a preset has no tokenizer of its own: set model.tokenizer to a folder that has one")
+        mask = mask_token_id(tokenizer)
+        if mask is None or tokenizer.eos_token_id is None:
+            raise ConfigError(
+                f"{section.tokenizer}: a tokenizer with a mask token and an EOS token is needed, this one has mask "
+                f"{tokenizer.mask_token} and EOS {tokenizer.eos_token}: add what is missing to tokenizer_config.json"
+            )
+        if mask != config.mask_token_id:  # else it is the tokenizer the architecture was published with
+            config = config.replace(
+                vocab_size=round_up(len(tokenizer), 32),
+                mask_token_id=mask,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                stop_token_ids=(tokenizer.eos_token_id,),
+            )
+        save_model_files(folder, Model(config), source=None)
+
+    def initial_params(self) -> Any:
+        """The policy's weights: those of `model.path`, or random ones."""
+        if self.config.model.path is not None:
+            return load_hf(self.config.model.path, mesh=self.mesh)[1]
+        return self.model.init(jax.random.key(self.config.seed))
+
+    def initial_value_params(self) -> Any:
+        """The value model's weights, from `value.path`."""
+        return load_hf(self.config.value.path, mesh=self.mesh, head="value")[1]
+
+    def engine(self, params: Any) -> Engine:
+        valid = valid_vocab(self.tokenizer, self.model.config.vocab_size)
+        model = rollout_model(self.model, self.config.rollout.tensor)
+        slots = self.config.rollout.slots_per_device * row_shards(model.mesh)
+        return Engine(model, params, batch_size=slots, valid_vocab=valid)
+
+    def watch(self, traces: Iterable[Trace]) -> Iterator[Trace]:
+        """Passes traces on; raises Interrupted between them when a signal asked to stop."""
+        for trace in traces:
+            self.stop.check()
+            yield trace
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Response ids to text, see `interop.tokenizer.decode`."""
+        return decode(self.tokenizer, ids)
+
+    # State
+
+    def save(self, progress: Progress, trees: dict[str, Any]) -> None:
+        meta = {"config": config_io.to_dict(self.config), **versions()}
+        documents = {"data": dataclasses.asdict(progress), "meta": meta}
+        self.checkpointer.save(progress.checkpoint_step, trees, documents)
+
+    def export(self, params: Any) -> Path:
+        """The policy as a Hugging Face folder <run>/hf, in the dtype of the folder the run started from."""
+        target, source = self.path / "hf", self.path / "model"
+        stored = read_json(source / "config.json")
+        dtype = stored.get("dtype", stored.get("torch_dtype"))
+        save_hf(target, self.model, params, source=source, dtype=dtype, overwrite=True)
+        return target
+
+    def open_log(self, phase: str, total_steps: int, first_step: int) -> MetricLog:
+        writers = [name for name in ("tensorboard", "wandb") if getattr(self.config.report, name)]
+        return open_log(self.folder, phase, total_steps=total_steps, first_step=first_step, writers=writers)
+
+
+def rollout_options(config: RunConfig, seed: int) -> SamplingOptions:
+    """How RL decodes. Raises ConfigError naming the key."""
+    names = ("strategy", "threshold", "entropy_bound", "denoising_steps", "block_size", "max_tokens",
+             "temperature", "top_k", "top_p")  # fmt: skip
+    try:
+        return SamplingOptions(**{name: getattr(config.rollout, name) for name in names}, seed=seed)
+    except ConfigError as error:
+        raise ConfigError(f"rollout: {error}") from None
+
+
+def eval_protocols(config: RunConfig) -> dict[str, SamplingOptions]:
+    """How evaluation decodes, for each of `eval.strategies`. Raises ConfigError naming the key."""
+    section, rollout = config.eval, config.rollout
+    try:
+        return {
+            strategy: protocol(
+                strategy,
+                max_tokens=rollout.max_tokens if section.max_tokens is None else section.max_tokens,
+                block_size=rollout.block_size,
+                threshold=rollout.threshold if section.threshold is None else section.threshold,
+                temperature=section.temperature,
+                seed=config.seed,
+            )
+            for strategy in section.strategies
+        }
+    except ConfigError as error:
+        raise ConfigError(f"eval: {error}") from None
+
+
+def versions() -> dict[str, str]:
+    return {"tracerl_jax": tracerl_jax.__version__, "jax": jax.__version__, "python": platform.python_version()}
