@@ -35,7 +35,7 @@ from tracerl_jax.kernels.pallas_triton import (
 
 LOG2_E = 1.4426950408889634  # exp2 is the GPU's own exponential
 LEAST = 16  # rows and columns of a Triton product
-# As many as an A100 runs at a time (an H100: three). With two tiles in flight in each, more would not read faster, and
+# As many as run at a time (an H100 holds up to three). Each has two tiles in flight, so more would not read faster, and
 # every split is a result to write, to read and to merge.
 PROGRAMS_PER_MULTIPROCESSOR = 2
 LEAST_TILES_PER_SPLIT = 4  # below, starting a program and merging its result is no longer small beside its work
@@ -54,14 +54,15 @@ class Plan(NamedTuple):
 
 
 def default_plan(q: jax.Array, cache: KVCache) -> Plan:
-    """The largest tiles that spill no registers on an A100 or an H100, with either tested JAX (but float32 with heads
-    of 256 over int8 does); splits only as far as the slots alone do not keep the chip busy."""
+    """Tiles that spill no registers on an A100 or an H100, with either tested JAX (float32 with heads of 256 over int8
+    does); splits only as far as the slots alone do not keep the chip busy."""
     (N, Q, H, D), K = q.shape, cache.k.shape[2]
     if q.dtype == jnp.float32:
-        tile, rows, warps = 32, LEAST, 4 if D <= 128 else 8
+        tile, rows = 32, LEAST
     else:
-        tile, rows, warps = (64, 64, 4) if D <= 128 else (32, 32, 4)
+        tile, rows = (64, 64) if D <= 128 else (32, 32)
     rows = min(rows, max(LEAST, padded(Q * H // K)))
+    warps = 4 if rows * padded(D) * q.dtype.itemsize < 2**14 else 8
     programs = N * K * pl.cdiv(Q * H // K, rows)
     splits = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors() // programs
     splits = max(1, min(splits, cache.capacity // (tile * LEAST_TILES_PER_SPLIT)))

@@ -118,7 +118,7 @@ class _Walk:
         return once, 1.0 if times is None else times
 
     def kernel(self, i: Instruction, operands: list[Array]) -> Cost:
-        name, known = kernel_name(i), self.kernel_cost(i, operands)
+        name, known = kernel_name(i), self.kernel_cost(i, operands) or own_estimate(i, operands)
         flops, hbm_bytes = known or (0.0, sum(a.hbm_bytes for a in (*operands, *i.outputs)))
         return Cost(flops, hbm_bytes, kernels=Counter([name]), unknown_kernels=set() if known else {name})
 
@@ -161,6 +161,17 @@ def kernel_name(i: Instruction) -> str:
     path = [part for part in i.op_name.split("/") if part != "pallas_call"]
     innermost = re.search(r"([\w.\-]+)\)*$", path[-1]) if path else None
     return i.attribute(r'\bname = "([^"]+)"') or (innermost[1] if innermost else i.name)
+
+
+def own_estimate(i: Instruction, operands: Sequence[Array]) -> tuple[float, float] | None:
+    """(FLOPs, HBM bytes) of a kernel that says so itself, as those do that the TPU compiler makes of `ragged_dot`, or
+    that has nothing but integers to work on."""
+    said = i.attribute(r'"cost_estimate":\{([^}]*)\}') or ""
+    found = [re.search(rf'"{key}":"(\d+)"', said) for key in ("flops", "bytes_accessed")]
+    if all(found):
+        return float(found[0][1]), float(found[1][1])
+    moved = (*operands, *i.outputs)
+    return (0.0, sum(a.hbm_bytes for a in moved)) if all(a.dtype[0] in "psu" for a in moved) else None
 
 
 # Collectives
