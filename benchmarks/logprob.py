@@ -88,7 +88,7 @@ def estimated_cycles(module: Module) -> float:
 def window_place(module: Module, P: int) -> str:
     """Where the compiler keeps a window of logits, or of their gradient, between two operations."""
     windows = [a for scope in module.computations.values() for i in scope.values() if i.opcode == "fusion"
-               for a in i.outputs if a.dtype in ("f32", "bf16") and a.elements > P * 512 and E not in a.shape
+               for a in i.outputs if a.dtype in ("f32", "bf16") and a.elements > P * 512 and a.elements != P * E
                and (P in a.shape or {P // Q, Q} <= set(a.shape))]  # fmt: skip
     return ("HBM" if any(a.in_hbm for a in windows) else "on chip") if windows else "-"
 

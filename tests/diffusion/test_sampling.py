@@ -143,3 +143,24 @@ def test_banned_ids():
     np.testing.assert_array_equal(banned_ids(4, mask_id=3), [0, 0, 0, 1])
     with pytest.raises(ConfigError, match="valid_vocab is 7"):
         banned_ids(6, mask_id=2, valid_vocab=7)
+
+
+@pytest.mark.parametrize("use_filters", [False, True])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_give_an_allowed_id_and_say_so(value, use_filters):
+    """A banned id, MASK above all, would leave its block incomplete for ever. Other rows notice nothing."""
+    rng = np.random.default_rng(0)
+    hidden, kernel = rng.normal(size=(2, 4, 8)).astype(np.float32), rng.normal(size=(8, 12)).astype(np.float32)
+    banned = jnp.array(banned_ids(12, mask_id=0, valid_vocab=10))
+    keys, ones = jax.vmap(jax.random.key)(jnp.arange(2)), jnp.ones(2)
+    zeros = jnp.zeros(2, jnp.int32)
+
+    def proposal(hidden):
+        return propose(hidden, kernel, keys, banned, jnp.array([1.0, 0.0]), zeros, ones, zeros > 0,
+                       use_filters=use_filters, use_entropy=False)  # fmt: skip
+
+    good = proposal(hidden)
+    bad = proposal(np.where(np.arange(2)[:, None, None] == 0, np.float32(value), hidden))
+    assert np.all(bad.ids[0] == 1) and not np.isfinite(bad.logprobs[0]).any()
+    np.testing.assert_array_equal(bad.ids[1], good.ids[1])
+    np.testing.assert_array_equal(bad.logprobs[1], good.logprobs[1])
