@@ -10,7 +10,7 @@ the true answer only, unlearns it. Expected: 45% -> 80% of
 from ml_collections import ConfigDict
 
 
-def get_config(arg=None):
+def get_config():
     return ConfigDict(
         {
             "name": "demo",

@@ -9,6 +9,8 @@ from tracerl_jax.configs import rl_sdar_4b_math
 
 def get_config(arg=None):
     config = rl_sdar_4b_math.get_config()
+    if arg not in (None, "4", "8"):
+        raise ValueError(f"the argument of this config is the block size of the rollout, 4 or 8, not {arg!r}")
     rollout_block = int(arg or 4)
     config.name = "rl_block_enlargement" if rollout_block == 4 else f"rl_block_enlargement_{rollout_block}"
     config.rollout.block_size = rollout_block

@@ -9,7 +9,7 @@ DIR is any SDAR folder, say a random one of width 128 at vocabulary 151,936 (doc
 from ml_collections import ConfigDict
 
 
-def get_config(arg=None):
+def get_config():
     return ConfigDict(
         {
             "name": "rl_gsm8k_small",

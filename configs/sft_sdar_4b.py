@@ -8,7 +8,7 @@ Long reasoning: raise sft.max_response_tokens and sft.row_length together.
 from ml_collections import ConfigDict
 
 
-def get_config(arg=None):
+def get_config():
     return ConfigDict(
         {
             "name": "sft_sdar_4b",

@@ -49,6 +49,21 @@ def preferred(head_dim: int, dtype: jnp.dtype) -> bool:
     return available() and head_dim in HEAD_DIMS and dtype == jnp.bfloat16
 
 
+def addressable(array: jax.Array) -> bool:
+    """Whether a kernel reaches all of `array`.
+
+    Up to 4 GiB Pallas counts elements in 32 bits, of which Triton takes one for the sign: what it does not reach is
+    the upper half of an array of 2 to 4 GiB of single bytes.
+    """
+    return array.size <= 2**31 or array.size * array.dtype.itemsize > 2**32
+
+
+def multiprocessors() -> int:
+    """Of the GPU that the code being traced will run on, found like `target_platform`; an H100's where none says."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device or jax.devices()[0]
+    return getattr(device, "num_cores", None) or getattr(device, "core_count", None) or 132
+
+
 def call(
     kernel: Callable, name: str, grid: Sequence[int], in_specs: Sequence[pl.BlockSpec],
     out_specs: Sequence[pl.BlockSpec], out_shape: Sequence[jax.ShapeDtypeStruct], warps: int, stages: int,

@@ -36,6 +36,10 @@ class CommandParser(argparse.ArgumentParser):
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse; `args.overrides` holds the `--config.KEY=VALUE` flags in order."""
         argv, overrides = split_overrides(argv)
+        for word in argv:  # before argparse says that the flag which was meant is missing
+            flag = word.partition("=")[0]
+            if flag.startswith("--") and flag != "--" and flag not in self._option_string_actions:
+                self.error(f"unknown flag {flag}{self._suggest(flag)}")
         args, unknown = self.parse_known_args(argv)
         flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
         if overrides and not self.config_flags:
@@ -116,7 +120,15 @@ def train_and_describe(command: str, args: argparse.Namespace, config: Any) -> N
     try:
         summary = train(config)
     except KeyboardInterrupt:
-        again = shlex.join(["tracerl", command, "--config", args.config, *args.overrides])
-        print(f"\nto go on: {again}", file=sys.stderr)
+        print(f"\nto go on: {command_again(command, args)}", file=sys.stderr)
         raise
     print(describe_summary(summary))
+
+
+def command_again(command: str, args: argparse.Namespace, **changes: Any) -> str:
+    """The command line that was given, as a shell takes it; `changes` are other values of config keys, the dots
+    spelled as two underscores: rl__steps=48."""
+    flags = {f"--config.{key.replace('__', '.')}": value for key, value in changes.items()}
+    kept = [override for override in args.overrides if override.partition("=")[0] not in flags]
+    changed = [f"{flag}={value}" for flag, value in flags.items()]
+    return shlex.join(["tracerl", command, "--config", args.config, *kept, *changed])

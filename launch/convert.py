@@ -31,8 +31,11 @@ def add_arguments(parser: CommandParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from tracerl_jax.errors import ConfigError
     from tracerl_jax.interop.convert import check, convert
 
+    if args.max_shard_gb <= 0:
+        raise ConfigError(f"--max_shard_gb is {args.max_shard_gb}; it must be above 0")
     conversion = convert(
         args.source,
         args.target,

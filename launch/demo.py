@@ -4,7 +4,7 @@ import argparse
 import os
 from importlib.metadata import version
 
-from tracerl_jax.launch.common import add_config_arguments, resolve, train_and_describe
+from tracerl_jax.launch.common import add_config_arguments, command_again, resolve, train_and_describe
 
 HELP = """Train a 1.2M-parameter block-diffusion model from nothing to arithmetic on this CPU: supervised warm-up, then
 TraceRL with a diffusion value model. Writes runs/demo: metrics, samples, checkpoints, a Hugging Face folder and a
@@ -28,8 +28,7 @@ def run(args: argparse.Namespace) -> int:
     config = resolve(args, RunConfig)
     use_all_cores()
     train_and_describe("demo", args, config)
-    name = "" if config.name == "demo" else f" --config.name={config.name}"
-    print(f"go on:    tracerl demo{name} --config.rl.steps={2 * config.rl.steps}")
+    print(f"go on:    {command_again('demo', args, rl__steps=2 * config.rl.steps)}")
     return 0
 
 

@@ -2,7 +2,10 @@
 
 import argparse
 import dataclasses
+import logging
 from collections.abc import Iterator
+
+logger = logging.getLogger("tracerl_jax.launch.generate")
 
 HELP = """Complete the prompts of a JSONL file by block diffusion and write one row per completion, in input order:
 ids, text (null when the folder has no tokenizer), step_map (denoise step of every token), logprobs, denoise_forwards,
@@ -58,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from tracerl_jax.data.jsonl import write_jsonl
-    from tracerl_jax.diffusion.trace import tokens_per_denoise_step
+    from tracerl_jax.diffusion.trace import broken_traces, tokens_per_denoise_step
     from tracerl_jax.errors import ConfigError
     from tracerl_jax.interop.hf_load import load_hf
     from tracerl_jax.interop.tokenizer import decode, load_tokenizer, valid_vocab
@@ -84,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
 
     started = time.monotonic()
     write_jsonl(args.output, rows())
+    if broken := len(broken_traces(traces)):
+        logger.warning("%d of %d completions mean nothing: the model gave NaN or infinite numbers", broken, len(traces))
     tokens = sum(len(trace.ids) for trace in traces)
     print(
         f"wrote {len(traces)} completions, {tokens} tokens, to {args.output}: "

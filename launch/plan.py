@@ -1,7 +1,6 @@
 """`tracerl plan`: prints what `tracerl_jax.plan` finds out about a config on a machine that is not there."""
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -23,7 +22,8 @@ EPILOG = """examples:
   tracerl plan --config rl_sdar_4b_math --topology h100:8 --response_tokens 800 --json
 
 topologies:
-  v4:XxYxZ  v5p:XxYxZ  v5e:XxY  v6e:XxY  a100:N  a100-40g:N  h100:N  h200:N"""
+  v4:XxYxZ  v5p:XxYxZ  v5e:XxY  v6e:XxY  a100:N  a100-40g:N  h100:N  h200:N
+  in chips: Google's v5p-64 counts two cores a chip and is v5p:2x4x4"""
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -32,11 +32,16 @@ def add_arguments(parser: CommandParser) -> None:
     add_config_arguments(parser, RunConfig)
     parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="such as v5p:4x4x4 or h100:8")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--prompt_tokens", type=int, metavar="N", help="default: task.max_prompt_tokens")
-    parser.add_argument("--response_tokens", type=int, metavar="N", help="on average (default: rollout.max_tokens)")
     parser.add_argument(
-        "--tokens_per_step", type=float, default=2.6, metavar="X",
-        help="tokens revealed per denoise step and sequence (default: 2.6; the paper's SDAR models reach 2 to 2.7)",
+        "--prompt_tokens", type=int, metavar="N", help="of a prompt, on average (default: task.max_prompt_tokens)"
+    )
+    parser.add_argument(
+        "--response_tokens", type=int, metavar="N", help="of a response, on average (default: rollout.max_tokens)"
+    )
+    parser.add_argument(
+        "--tokens_per_step", type=float, metavar="X",
+        help="tokens revealed per denoise step and sequence (default: those of a static or sequential schedule, else "
+        "2.6: the paper's SDAR models reach 2 to 2.7 with dynamic decoding)",
     )  # fmt: skip
     parser.add_argument(
         "--kept_fraction", type=float, default=1.0, metavar="X",
@@ -50,24 +55,25 @@ def run(args: argparse.Namespace) -> int:
     from tracerl_jax.config import RunConfig
     from tracerl_jax.parallel.mesh import make_mesh
     from tracerl_jax.plan.estimate import estimate_run
-    from tracerl_jax.plan.programs import plan_run
+    from tracerl_jax.plan.programs import model_config, plan_run
     from tracerl_jax.plan.report import format_plan, plan_dict
     from tracerl_jax.plan.topology import compile_devices, parse_topology
-    from tracerl_jax.plan.workload import Workload
+    from tracerl_jax.plan.workload import assume
 
     config = resolve(args, RunConfig)
-    workload = Workload(
-        args.prompt_tokens or config.task.max_prompt_tokens,
-        args.response_tokens or config.rollout.max_tokens,
-        args.tokens_per_step,
-        args.kept_fraction,
+    workload = assume(
+        config,
+        config.rollout.block_size or model_config(config).block_size,
+        prompt_tokens=args.prompt_tokens,
+        response_tokens=args.response_tokens,
+        tokens_per_step=args.tokens_per_step,
+        kept_fraction=args.kept_fraction,
     )
     topology = parse_topology(args.topology)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=compile_devices(topology))
     plan = estimate_run(plan_run(config, mesh, workload), topology, mesh)
     if args.json:
-        document = {"config": args.config, **plan_dict(plan), "workload": dataclasses.asdict(workload)}
-        print(json.dumps(document, indent=2))
+        print(json.dumps({"config": args.config, **plan_dict(plan, config, workload)}, indent=2))
     else:
         print(format_plan(plan, config, workload))
     if not plan.fits:

@@ -24,8 +24,10 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _require_positive(section, group: str, *names: str) -> None:
+    """A field that is None is left to its default."""
     for name in names:
-        _require(getattr(section, name) >= 1, f"{group}.{name} is {getattr(section, name)}, must be at least 1")
+        value = getattr(section, name)
+        _require(value is None or value >= 1, f"{group}.{name} is {value}, must be at least 1")
 
 
 def _require_not_negative(section, group: str, *names: str) -> None:
@@ -48,7 +50,9 @@ class OptimizerConfig:
     def __post_init__(self):
         _require(self.learning_rate >= 0, f"learning_rate is {self.learning_rate}, must not be negative")
         _require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"b1={self.b1}, b2={self.b2} must lie in [0, 1)")
-        _require(self.warmup_updates >= 0, f"warmup_updates is {self.warmup_updates}, must not be negative")
+        for name in ("warmup_updates", "end_scale", "weight_decay", "max_grad_norm"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, must not be negative")
+        _require(self.eps > 0, f"eps is {self.eps}, must be above 0")
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,9 @@ class TaskSection:
     on_bad_row: Literal["fail", "skip"] = _doc("fail", "what to do with unusable rows")
     train_limit: int | None = _doc(None, "use only the first rows for training")
     options: dict[str, int] = _doc({}, "parameters of procedural tasks (see the task)")
+
+    def __post_init__(self):
+        _require_positive(self, "task", "max_prompt_tokens", "train_limit")
 
 
 @dataclass(frozen=True)
@@ -135,8 +142,9 @@ class RolloutSection:
     truncated_is_wrong: bool = _doc(True, "a completion cut at max_tokens gets reward 0 (the reference's rule)")
 
     def __post_init__(self):
-        _require_positive(self, "rollout", "prompts_per_step", "samples_per_prompt", "slots_per_device", "max_tokens")
-        _require(self.tensor is None or self.tensor >= 1, f"rollout.tensor is {self.tensor}, must be at least 1")
+        _require_positive(
+            self, "rollout", "prompts_per_step", "samples_per_prompt", "slots_per_device", "tensor", "max_tokens"
+        )
 
 
 @dataclass(frozen=True)
@@ -169,8 +177,9 @@ class RLSection:
     def __post_init__(self):
         _require_not_negative(self, "rl", "steps", "clip_low", "clip_high", "kl_coef", "importance_cap")
         _require_positive(
-            self, "rl", "shrink", "minibatches", "epochs", "row_length", "rows_per_device", "max_skipped_updates"
-        )
+            self, "rl", "block_size", "shrink", "normaliser_constant", "minibatches", "epochs", "row_length",
+            "rows_per_device", "max_skipped_updates",
+        )  # fmt: skip
         _require(
             0 <= self.accuracy_low <= self.accuracy_high <= 1,
             f"need 0 <= rl.accuracy_low <= rl.accuracy_high <= 1, got {self.accuracy_low} and {self.accuracy_high}",
@@ -203,6 +212,7 @@ class ValueSection:
 
     def __post_init__(self):
         _require_positive(self, "value", "train_every")
+        _require_not_negative(self, "value", "clip")
         for name in ("gamma", "lam"):
             _require(0 <= getattr(self, name) <= 1, f"value.{name} is {getattr(self, name)}, must lie in [0, 1]")
 
@@ -219,7 +229,7 @@ class EvalSection:
 
     def __post_init__(self):
         _require_not_negative(self, "eval", "every")
-        _require_positive(self, "eval", "samples_per_prompt")
+        _require_positive(self, "eval", "limit", "samples_per_prompt", "max_tokens")
 
 
 @dataclass(frozen=True)
@@ -230,11 +240,7 @@ class CheckpointSection:
     keep_every: int | None = _doc(None, "also keep every checkpoint whose RL step is a multiple of this")
 
     def __post_init__(self):
-        _require_positive(self, "checkpoint", "every", "sft_every", "keep_last")
-        _require(
-            self.keep_every is None or self.keep_every >= 1,
-            f"checkpoint.keep_every is {self.keep_every}, must be at least 1",
-        )
+        _require_positive(self, "checkpoint", "every", "sft_every", "keep_last", "keep_every")
 
 
 @dataclass(frozen=True)
@@ -242,6 +248,9 @@ class ReportSection:
     samples_per_step: int = _doc(16, "rollouts written to samples.jsonl per RL step")
     tensorboard: bool = _doc(False, "also write TensorBoard events")
     wandb: bool = _doc(False, "also log to Weights & Biases")
+
+    def __post_init__(self):
+        _require_not_negative(self, "report", "samples_per_step")
 
 
 @dataclass(frozen=True)
@@ -265,6 +274,7 @@ class RunConfig:
             (self.model.path is None) != (self.model.preset is None),
             "set exactly one of model.path (a Hugging Face folder) and model.preset (random weights)",
         )
+        _require(self.name not in ("", ".", ".."), f"name is {self.name!r}, must be the name of a folder")
         _require(0 <= self.seed < 2**32, f"seed is {self.seed}, must lie in [0, 2**32)")
         self.check_states()
         _require(

@@ -99,7 +99,7 @@ def _read_file(path: str) -> tuple[Path, ConfigDict]:
         installed = installed_configs()
         if name.removesuffix(".py") not in installed:
             close = _did_you_mean(file.stem, installed)
-            raise ConfigError(f"no config file {name}{close}. Give a path, or one of: {', '.join(installed)}")
+            raise ConfigError(f"no config file {name}{close or '.'} Give a path, or one of: {', '.join(installed)}")
         file = installed[name.removesuffix(".py")]
     spec = importlib.util.spec_from_file_location(f"_config_{file.stem}", file)
     if spec is None:

@@ -16,13 +16,16 @@ import jax.numpy as jnp
 
 from tracerl_jax.kernels.decode.cache import KVCache
 from tracerl_jax.kernels.decode.chunked import chunked_decode_attention
+from tracerl_jax.kernels.decode.pallas_gpu import pallas_gpu_decode_attention
 from tracerl_jax.kernels.decode.pallas_tpu import HEAD_DIMS, pallas_tpu_decode_attention
 from tracerl_jax.kernels.decode.reference import reference_decode_attention
 from tracerl_jax.kernels.dispatch import select, target_platform
+from tracerl_jax.kernels.pallas_triton import addressable, preferred
 
 IMPLEMENTATIONS = {
     "reference": reference_decode_attention,
     "chunked": chunked_decode_attention,
+    "pallas_gpu": pallas_gpu_decode_attention,
     "pallas_tpu": pallas_tpu_decode_attention,
 }
 
@@ -56,7 +59,8 @@ def decode_attention(
       cache_len: committed tokens per slot; clipped to [0, S].
       new_intervals: per query the half-open range of new tokens it sees; None: all of them.
       implementation: "reference" (dense, the oracle), "chunked" (plain XLA, as long as the longest slot),
-        "pallas_tpu" (as long as all slots together) or None: the kernel of the platform, "chunked" where it has none.
+        "pallas_tpu" and "pallas_gpu" (as long as all slots together) or None: the kernel of the platform where it fits
+        (on GPUs: for bfloat16), otherwise "chunked".
 
     Raises:
       ValueError: shapes or dtypes that do not fit, an unknown implementation, or a named one that cannot run here.
@@ -66,11 +70,20 @@ def decode_attention(
     if new_intervals is None:
         new_intervals = jnp.broadcast_to(jnp.array([0, Q], jnp.int32), (N, Q, 2))
     if implementation is None:
-        implementation = "pallas_tpu" if target_platform() == "tpu" and q.shape[-1] in HEAD_DIMS else "chunked"
+        implementation = _default(q, cache)
     run = select("decode_attention", IMPLEMENTATIONS, implementation)
     layer, new_intervals = (jnp.asarray(x, jnp.int32) for x in (layer, new_intervals))
     cache_len = jnp.clip(jnp.asarray(cache_len, jnp.int32), 0, cache.capacity)
     return run(q, cache, layer, k_new, v_new, cache_len, new_intervals)
+
+
+def _default(q: jax.Array, cache: KVCache) -> str:
+    D = q.shape[-1]
+    if target_platform() == "tpu" and D in HEAD_DIMS:
+        return "pallas_tpu"
+    if target_platform() == "gpu" and preferred(D, q.dtype) and addressable(cache.k):
+        return "pallas_gpu"
+    return "chunked"
 
 
 def _check(q, cache, k_new, v_new, cache_len, new_intervals) -> None:

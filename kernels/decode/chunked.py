@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from tracerl_jax.kernels.decode.cache import KVCache
 
-# On a CPU (`benchmarks/decode.py`) 128 and 256 are equally fast, 64 and 512 slower. An accelerator wants few steps.
+# On a CPU (`benchmarks/decode.py`) 128 is fastest; 256 costs a tenth more, a third where slots are short; 64 up to half
+# more, 512 up to twice as much. An accelerator wants few steps.
 CHUNK = 256
 # Below any score and finite, so that a query that has seen no key yet keeps clear of inf - inf.
 LOWEST = -1e30

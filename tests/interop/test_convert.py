@@ -158,6 +158,8 @@ def test_refusals(hf, tmp_path, capsys):
     convert(hf, tmp_path / "native")
     assert main(["convert", "--from", str(hf), "--to", str(tmp_path / "native")]) == 2
     assert "already there and not empty" in capsys.readouterr().err
+    assert main(["convert", "--from", str(hf), "--to", str(tmp_path / "new"), "--max_shard_gb", "0"]) == 2
+    assert "--max_shard_gb is 0.0; it must be above 0" in capsys.readouterr().err
     assert main(["convert", "--from", str(hf), "--to", str(tmp_path / "native"), "--overwrite"]) == 0
     (tmp_path / "native" / "model_config.json").write_text('{"head": "lm", "widht": 48}')
     with pytest.raises(CheckpointError, match=r"model_config\.json: not the config of a model"):

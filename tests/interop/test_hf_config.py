@@ -170,3 +170,7 @@ def test_bad_folders(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"config\.json: holds a list"):
         read_model_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"name": "demo"}')
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match=r"a run folder, not a model folder; give .*/hf"):
+        read_model_config(tmp_path)

@@ -81,6 +81,12 @@ def fused(case: Case, finished) -> np.ndarray:
     return np.array([old if f else new for f in finished], np.int32)
 
 
+def random_intervals(case: Case, rng: np.random.Generator) -> np.ndarray:
+    """Of every kind, the empty ones and the fused ones included."""
+    drawn = np.sort(rng.integers(0, case.Q + 1, (case.N, case.Q, 2)))
+    return np.where(rng.random((case.N, 1, 1)) < 0.5, fused(case, rng.random(case.N) < 0.5), drawn)
+
+
 def dense(q, cache, layer, k_new, v_new, cache_len, new_intervals) -> np.ndarray:
     """Query by query, on the keys that count only, in float64."""
     N, Q, H, D = q.shape

@@ -8,11 +8,13 @@ from tracerl_jax.plan.topology import compile_devices, missing_compiler
 
 
 def lower_for(topology, function, *shapes):
-    """function of arrays of `shapes` (jax.ShapeDtypeStruct), lowered. Skips the test where there is no compiler."""
+    """function of arrays of `shapes` (trees of jax.ShapeDtypeStruct), lowered. Skips the test without a compiler."""
     if missing := missing_compiler("cuda"):
         pytest.skip(missing)
     device = compile_devices(topology)[0]
-    specs = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)) for x in shapes]
+    specs = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)), shapes
+    )
     with jax.set_mesh(Mesh([device], ("x",))):
         return jax.jit(function).trace(*specs).lower(lowering_platforms=("cuda",))
 

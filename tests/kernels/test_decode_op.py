@@ -153,7 +153,7 @@ def test_bad_calls_are_refused():
             decode_attention(**{**base, **changes})
         assert "\n" not in str(error.value)
 
-    refused("unknown implementation 'paged'; known: chunked, pallas_tpu, reference", implementation="paged")
+    refused("unknown implementation 'paged'; known: chunked, pallas_gpu, pallas_tpu, reference", implementation="paged")
     refused("'pallas_tpu' runs on a TPU, and this program is for cpu", implementation="pallas_tpu")
     refused("cache_len", cache_len=good["cache_len"][:1])
     refused("cache_len", cache_len=good["cache_len"].astype(jnp.float32))

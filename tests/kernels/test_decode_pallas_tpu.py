@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_cases import Case, check, fused
+from decode_cases import Case, check, random_intervals
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
@@ -34,12 +34,6 @@ INTERPRET = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan",
 @cache
 def interpreted(case):
     return jax.jit(partial(pallas_tpu_decode_attention, tile=TILE, cores=CASES[case], interpret=INTERPRET))
-
-
-def random_intervals(case, rng):
-    """Of every kind, the empty ones and the fused ones included."""
-    drawn = np.sort(rng.integers(0, case.Q + 1, (case.N, case.Q, 2)))
-    return np.where(rng.random((case.N, 1, 1)) < 0.5, fused(case, rng.random(case.N) < 0.5), drawn)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from tracerl_jax.errors import ConfigError, UserError
-from tracerl_jax.launch.common import CommandParser, add_config_arguments, resolve, split_overrides
+from tracerl_jax.launch.common import CommandParser, add_config_arguments, command_again, resolve, split_overrides
 
 FILE = """
 from ml_collections import ConfigDict
@@ -77,6 +77,21 @@ def test_override_without_value(argv):
 def test_unknown_flags_suggest_config_keys(file, flag, suggestion):
     with pytest.raises(UserError, match=f"did you mean {suggestion}?"):
         make_parser().parse(["--config", file, flag])
+
+
+def test_a_mistyped_config_flag_is_named_rather_than_missed():
+    with pytest.raises(UserError, match=r"unknown flag --confg; did you mean --config\?"):
+        make_parser().parse(["--confg", "demo"])
+
+
+def test_the_command_line_that_goes_on_keeps_what_was_asked():
+    argv = ["--config=demo", "--config.steps=3", "--config.optimizer.rate=0.5", "--config.name=second run"]
+    args = make_parser().parse(argv)
+    assert command_again("demo", args, steps=6) == (
+        "tracerl demo --config demo --config.optimizer.rate=0.5 '--config.name=second run' --config.steps=6"
+    )
+    assert "--config.optimizer.rate=1" in command_again("demo", args, optimizer__rate=1)
+    assert "rate=0.5" not in command_again("demo", args, optimizer__rate=1)
 
 
 def test_unknown_key(file):

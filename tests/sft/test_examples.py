@@ -15,7 +15,7 @@ from tracerl_jax.data.tasks import load_task
 from tracerl_jax.diffusion.packing import pack
 from tracerl_jax.errors import DataError
 from tracerl_jax.models import PRESETS, Model
-from tracerl_jax.sft.examples import fill_last_block, load_examples, make_items
+from tracerl_jax.sft.examples import drop_long, fill_last_block, load_examples, make_items
 from tracerl_jax.sft.loop import sft_objective
 
 EOS, MASK = 1, 2
@@ -154,6 +154,22 @@ def test_traces_without_a_step_map_in_any_row_are_said_to_be_left_to_right(tmp_p
     assert "step_map" not in caplog.text
     load(tmp_path, [row], sft=trace)
     assert "no row has a step_map: responses are replayed left to right" in caplog.text
+
+
+@pytest.mark.parametrize(("method", "need"), [("semi_ar", 4 + 4 + 8), ("trace", 4 + 4 + 8 * 4)])
+def test_an_example_that_may_not_fit_into_a_row_is_a_bad_row(method, need):
+    """Prompt 4, response 8: at most 8 clean tokens, and two masked blocks or one group a token."""
+    rows = [fill_last_block(dataclasses.replace(example(4, r), source=f"rows.jsonl:{r}"), 4, EOS, ()) for r in (4, 8)]
+    sizes = {"block_size": 4, "mask_id": MASK}
+    config = SFTSection(method=method, row_length=need)
+    assert drop_long(rows, config, **sizes) == rows
+    config = dataclasses.replace(config, row_length=need - 1)
+    message = rf"rows\.jsonl:8: .* up to {need} tokens .* sft\.row_length to at least {need}"
+    with pytest.raises(DataError, match=message):
+        drop_long(rows, config, **sizes)
+    assert drop_long(rows, config, **sizes, on_bad_row="skip") == rows[:1]
+    with pytest.raises(DataError, match="none of the 1 rows can be used"):
+        drop_long(rows[1:], config, **sizes, on_bad_row="skip")
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,23 @@ def test_falls_back_to_the_checkpoint_before_a_damaged_one(checkpointer, tmp_pat
     assert reopen(tmp_path).latest_step == 2
 
 
+def test_damaged_parameters_are_not_read_apart_either(checkpointer, tmp_path):
+    for step in (1, 2):
+        save(checkpointer, step)
+    checkpointer.close()
+    abstract = jax.eval_shape(lambda: trees(0)["params"])
+    files = [p for p in (tmp_path / "checkpoints" / "2").rglob("*") if p.is_file()]
+    for item in ("train", "params"):  # damage elsewhere does not matter
+        np.testing.assert_array_equal(load_params(tmp_path, abstract)["w"], trees(2)["params"]["w"])
+        path = max((p for p in files if item in p.parts), key=lambda p: p.stat().st_size)
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"2/params: damaged \(1 files differ.*another step, there are \[1\]"):
+        load_params(tmp_path, abstract)
+    np.testing.assert_array_equal(load_params(tmp_path, abstract, step=1)["w"], trees(1)["params"]["w"])
+
+
 def test_nothing_readable_is_an_error_that_names_the_folder(checkpointer, tmp_path):
     save(checkpointer, 1)
     checkpointer.close()

@@ -55,6 +55,11 @@ def test_another_config_is_refused_with_a_diff_and_nothing_is_touched(whole, tmp
         ("--config.sft.log_every=0", "sft.log_every is 0, must be at least 1"),
         ("--config.seed=-1", "seed is -1"),
         ("--config.mesh.tensor=0", "mesh.tensor is 0"),
+        ("--config.eval.limit=0", "eval.limit is 0, must be at least 1"),
+        ("--config.task.train_limit=-3", "task.train_limit is -3, must be at least 1"),
+        ("--config.sft.optimizer.weight_decay=-1", "weight_decay is -1.0, must not be negative"),
+        ("--config.name=", "name is '', must be the name of a folder"),
+        ("--config.rollout.max_tokens=40000", "position 40004, but the model ends at 32768"),
         ("--config.rollout.strategy=dinamic", "rollout: "),
         ("--config.rollout.top_p=2", "rollout: top_p is 2.0"),
         ("--config.eval.strategies=fast", "eval: unknown evaluation strategy 'fast'"),
@@ -154,6 +159,25 @@ def test_weights_that_are_not_finite_are_named(whole, tmp_path, value):
     assert read_json(tmp_path / "run" / "summary.json")["status"] == "failed"
 
 
+def test_a_run_that_failed_before_its_first_row_may_be_mended_under_the_same_name(whole, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1+1=", "response": "2"}\n{"prompt": "1+2="}\n')
+    config = config_file(tmp_path / "config.py", sft__path=str(rows), sft__steps=1, rl__steps=0, eval__strategies=[])
+    command = ["sft", "--config", config, f"--config.model.path={tmp_path / 'model'}", "--config.model.preset=none"]
+    model_folder(whole, tmp_path / "model", num_hidden_layers=3)
+    assert main(command) == 2
+    assert "rows.jsonl:2: missing field 'response'" in capsys.readouterr().err  # named before the weights are read
+    rows.write_text('{"prompt": "1+1=", "response": "2"}\n')
+    assert main(command) == 2
+    assert "model.layers.2" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "model")
+    model_folder(whole, tmp_path / "model")
+    assert main([*command, "--config.seed=7"]) == 0
+    assert read_json(tmp_path / "run" / "config.json")["seed"] == 7
+    assert main(command) == 2
+    assert "seed: 7 -> 0" in capsys.readouterr().err  # from now on it is held to its config
+
+
 def test_a_tokenizer_without_mask_token_is_refused(whole, tmp_path):
     tokenizer = build_char_tokenizer(tmp_path / "tokenizer")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -189,7 +213,7 @@ def test_sft_updates_that_are_not_finite_change_nothing_and_are_counted(whole, t
     assert main(["sft", "--config", config, "--config.rl.max_skipped_updates=3"]) == 2
     error = capsys.readouterr().err
     evidence = run / "nonfinite-sft-update-3-policy.npz"
-    assert "sft update 3, policy: 3 updates in a row had a loss or gradient that is not finite" in error
+    assert "sft update 3, policy: 3 updates in a row had a loss, a gradient or samples that are not finite" in error
     assert str(evidence) in error and "tracerl convert --from" in error
     assert {"rows.ids", "rows.intervals", "rows.target_weight"} <= set(np.load(evidence))
     assert main(["sft", "--config", config, "--config.rl.max_skipped_updates=9"]) == 0
@@ -225,6 +249,19 @@ def test_rl_updates_that_are_not_finite_change_nothing_and_end_the_run_with_the_
     assert [row["updates/skipped"] for row in metric_rows(run)] == [8, 8, 8]
     weights, exported = load_file(Path(folder) / "model.safetensors"), load_file(run / "hf" / "model.safetensors")
     assert all(np.array_equal(exported[name], weight) for name, weight in weights.items())
+
+
+def test_a_policy_that_only_gives_nan_ends_the_run_though_no_group_is_usable(whole, tmp_path, capsys):
+    """Nothing is learnt from its samples, so no update sees a loss that is not finite."""
+    folder = model_folder(whole, tmp_path / "model", huge_head)
+    changes = {"model__preset": None, "model__path": folder, "eval__strategies": [], "sft__steps": 0, "rl__steps": 9}
+    config = config_file(tmp_path / "config.py", **changes)
+    command = ["rl", "--config", config, "--config.task.rewards={'tiny_flat': 1.0}"]
+    assert main([*command, "--config.rl.max_skipped_updates=2"]) == 2
+    error = capsys.readouterr().err
+    evidence = tmp_path / "run" / "nonfinite-rl-step-2-rollout.npz"
+    assert "rl step 2, rollout: 2 updates in a row" in error and str(evidence) in error
+    assert not np.isfinite(np.load(evidence)["0.logprobs"]).all()
 
 
 ONE_STEP = FULL | {"sft__steps": 0, "rl__steps": 1, "eval__strategies": []}

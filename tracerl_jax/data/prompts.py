@@ -47,6 +47,7 @@ class Example:
     prompt_ids: np.ndarray  # [p] int32
     response_ids: np.ndarray  # [r] int32, EOS included: it is trained
     step_map: np.ndarray | None  # [r] int32, 1-based decoding order, where the row has one
+    source: str = "row"  # where the row comes from, for messages
 
 
 def render_prompt(question: str, tokenizer, template: str) -> str:
@@ -123,7 +124,7 @@ def encode_sft(
         if mask_id in response:
             raise _Unusable("the response contains the mask token", "remove it")
         steps = None if steps is None else np.array(steps, np.int32)
-        return Example(index, np.array(prompt, np.int32), np.array(response, np.int32), steps)
+        return Example(index, np.array(prompt, np.int32), np.array(response, np.int32), steps, _source(row, index))
 
     return _encode_rows(rows, encode, on_bad_row)
 
@@ -139,11 +140,15 @@ def _encode_rows(rows: Sequence[dict], encode: Callable[[int, dict], Encoded], o
             kept.append(encode(index, row))
         except _Unusable as unusable:
             reason, remedy = unusable.args
-            bad.add(f"{row.get(SOURCE) or f'row {index + 1}'}: {reason}", remedy)
+            bad.add(f"{_source(row, index)}: {reason}", remedy)
     bad.report(len(kept))
     if not kept:
         raise DataError(f"none of the {len(rows)} rows can be used: {'; '.join(bad.reasons[:1]) or 'there are none'}")
     return kept
+
+
+def _source(row: dict, index: int) -> str:
+    return row.get(SOURCE) or f"row {index + 1}"
 
 
 def _prompt_and_response(row: dict, tokenizer, template: str) -> tuple[list[int], list[int]]:

@@ -154,14 +154,13 @@ def _choose_length(items: Sequence[ReplayItem], sizes: list[int], row_length: in
 
 def _first_fit(sizes: list[int], T: int) -> list[list[int]]:
     members: list[list[int]] = []
-    free: list[int] = []
+    free = np.full(len(sizes), T)  # of every row there may be
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         if sizes[i] == 0:
             continue
-        row = next((n for n, room in enumerate(free) if room >= sizes[i]), len(free))
-        if row == len(free):
+        row = int(np.argmax(free >= sizes[i]))
+        if row == len(members):
             members.append([])
-            free.append(T)
         members[row].append(i)
         free[row] -= sizes[i]
     return members

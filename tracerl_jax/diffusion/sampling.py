@@ -4,6 +4,7 @@ The order is the one of the reference's sampler: temperature, then top-k, then t
 sort logits [.., V]; where no row uses them, the head is fused with the draw and no such array exists.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -82,13 +83,19 @@ def propose(
 
     A greedy row takes the argmax after the bans (ties: lowest id); its top-k and top-p are ignored and its
     probabilities are those of temperature 1. Every other row draws by Gumbel-max from the filtered distribution.
+
+    Where the model's numbers are not finite the log-probs say so, and the id is the first that is not banned.
     """
     if use_filters:
         logits = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        return _propose_filtered(logits, keys, banned, temperature, top_k, top_p, truncated_confidence, use_entropy)
-    draws = sample_tokens(hidden, kernel, keys, banned, temperature, wanted, use_entropy=use_entropy, mesh=mesh)
-    confidence = jnp.exp(draws.allowed_logprobs)
-    return Proposal(draws.ids, draws.logprobs, draws.allowed_logprobs, confidence, draws.entropy)
+        proposal = _propose_filtered(logits, keys, banned, temperature, top_k, top_p, truncated_confidence, use_entropy)
+    else:
+        draws = sample_tokens(hidden, kernel, keys, banned, temperature, wanted, use_entropy=use_entropy, mesh=mesh)
+        confidence = jnp.exp(draws.allowed_logprobs)
+        proposal = Proposal(draws.ids, draws.logprobs, draws.allowed_logprobs, confidence, draws.entropy)
+    # A comparison with NaN can pick anything, and a block into which MASK is "revealed" would never be complete.
+    ids = jnp.where(jnp.isfinite(proposal.logprobs), proposal.ids, jnp.argmin(banned).astype(jnp.int32))
+    return dataclasses.replace(proposal, ids=ids)
 
 
 def _propose_filtered(logits, keys, banned, temperature, top_k, top_p, truncated_confidence, use_entropy) -> Proposal:

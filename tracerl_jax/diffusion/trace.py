@@ -96,6 +96,11 @@ class Trace:
         )
 
 
+def broken_traces(traces: Iterable[Trace]) -> list[Trace]:
+    """Those of our sampler for which the model's numbers were not finite; their ids mean nothing."""
+    return [trace for trace in traces if not np.isfinite(trace.logprobs).all()]
+
+
 def tokens_per_denoise_step(traces: Iterable[Trace]) -> float:
     """Completion tokens per denoise forward over all traces; 0 when there are none."""
     tokens = forwards = 0

@@ -1,5 +1,6 @@
 """Evaluation: decode the held-out problems, judge the answers, and measure how many tokens a forward gave."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,11 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from tracerl_jax.data.prompts import Problem
-from tracerl_jax.diffusion.trace import Trace, tokens_per_denoise_step, tokens_per_forward
+from tracerl_jax.diffusion.trace import Trace, broken_traces, tokens_per_denoise_step, tokens_per_forward
 from tracerl_jax.errors import ConfigError
 from tracerl_jax.rewards import score
 from tracerl_jax.rollout.engine import Engine
 from tracerl_jax.rollout.options import Request, SamplingOptions
+
+logger = logging.getLogger(__name__)
 
 PROTOCOLS = ("dynamic", "static")
 
@@ -82,6 +85,8 @@ def evaluate(
         for problem, index in zip(owners, indices, strict=True)
     ]
     traces = list(watch(engine.generate(requests)))
+    if broken := len(broken_traces(traces)):
+        logger.warning("%d of %d answers mean nothing: the model gave NaN or infinite numbers", broken, len(traces))
     texts = [decode(trace.ids) for trace in traces]
     scored = score(
         {accuracy_reward: 0.0, **rewards}, [p.prompt_text for p in owners], texts, [p.columns for p in owners]

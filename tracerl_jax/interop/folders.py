@@ -54,7 +54,9 @@ def whole_folder(target: str | os.PathLike, *, overwrite: bool = False) -> Itera
     if replaced.exists() and not target.exists():  # killed between the two renames below
         replaced.rename(target)
     if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target}: already there and not empty; choose another folder or ask to overwrite it")
+        raise CheckpointError(
+            f"{target}: already there and not empty; choose another folder, or overwrite it (--overwrite)"
+        )
     for leftover in (partial, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
     try:

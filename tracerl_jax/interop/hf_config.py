@@ -53,6 +53,11 @@ def read_model_config(folder: str | os.PathLike, **overrides: Any) -> ModelConfi
             f"{path}: no such file; give a Hugging Face model folder, or convert a run folder first (tracerl convert)"
         )
     config = read_json(path)
+    if "model_type" not in config and (folder / "checkpoints").is_dir():
+        raise CheckpointError(
+            f"{folder}: a run folder, not a model folder; give {folder / 'hf'} (written when the run ends), or convert "
+            f"a checkpoint of it (tracerl convert --from {folder} --to DIR)"
+        )
     generation_path = folder / "generation_config.json"
     generation = read_json(generation_path) if generation_path.exists() else {}
     if config.get("mask_token_id") is None and "mask_token_id" not in overrides:

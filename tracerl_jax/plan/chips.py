@@ -12,9 +12,9 @@ class Chip:
     hbm_bytes: int  # what a program may use of the chip's memory
     flops: float  # per second, bf16
     hbm_bandwidth: float  # bytes per second
-    link_bandwidth: float  # bytes per second that one chip sends along one mesh axis (TPU: both ways round the ring)
-    host_bandwidth: float  # bytes per second and chip between hosts outside the fast fabric
-    chips_per_fabric: int | None = None  # GPUs that share NVLink; None: the slice is one fabric
+    link_bandwidth: float  # bytes per second that a chip sends (TPU: over one of its links; GPU: over all of NVLink)
+    chips_per_fabric: int | None = None  # GPUs that share NVLink, those of a host; None: the slice is one fabric
+    host_bandwidth: float = 0.0  # bytes per second that each of them sends to other hosts
 
 
 # TPU: cloud.google.com/tpu/docs/v4 (v5e, v5p, v6e); the memory is what the compiler lets a program have, its own
@@ -23,14 +23,14 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "tpu", int(30.75 * GIB), 275e12, 1.228e12, 2 * 45e9, 6.25e9),
-        Chip("v5e", "tpu", int(15.75 * GIB), 197e12, 0.819e12, 2 * 45e9, 6.25e9),
-        Chip("v5p", "tpu", int(95.74 * GIB), 459e12, 2.765e12, 2 * 90e9, 6.25e9),
-        Chip("v6e", "tpu", int(31.25 * GIB), 918e12, 1.64e12, 2 * 90e9, 6.25e9),
-        Chip("a100-40g", "cuda", 42_298_834_944, 312e12, 1.555e12, 300e9, 25e9, chips_per_fabric=8),
-        Chip("a100", "cuda", 84_987_740_160, 312e12, 2.039e12, 300e9, 25e9, chips_per_fabric=8),
-        Chip("h100", "cuda", 84_942_979_072, 989e12, 3.352e12, 450e9, 50e9, chips_per_fabric=8),
-        Chip("h200", "cuda", 150_121_545_728, 989e12, 4.8e12, 450e9, 50e9, chips_per_fabric=8),
+        Chip("v4", "tpu", int(30.75 * GIB), 275e12, 1.228e12, 45e9),
+        Chip("v5e", "tpu", int(15.75 * GIB), 197e12, 0.819e12, 45e9),
+        Chip("v5p", "tpu", int(95.74 * GIB), 459e12, 2.765e12, 90e9),
+        Chip("v6e", "tpu", int(31.25 * GIB), 918e12, 1.64e12, 90e9),
+        Chip("a100-40g", "cuda", 42_298_834_944, 312e12, 1.555e12, 300e9, 8, 25e9),
+        Chip("a100", "cuda", 84_987_740_160, 312e12, 2.039e12, 300e9, 8, 25e9),
+        Chip("h100", "cuda", 84_942_979_072, 989e12, 3.352e12, 450e9, 8, 50e9),
+        Chip("h200", "cuda", 150_121_545_728, 989e12, 4.8e12, 450e9, 8, 50e9),
     )
 }
 

@@ -4,13 +4,13 @@ import logging
 import math
 import re
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from tracerl_jax.plan.chips import GIB
 from tracerl_jax.plan.hlo import parse
 from tracerl_jax.plan.hlo_cost import Cost, program_cost
 from tracerl_jax.plan.programs import PlannedProgram, PlannedRun
@@ -29,7 +29,8 @@ class Estimate:
     argument_bytes: float
     temp_bytes: float
     peak_bytes: float  # of the chip while it runs: everything resident, its other arguments, results, temporaries
-    overflow: str | None = None  # what the compiler said when it could not place the program; no cost is known then
+    # What the compiler said when it could not place the program: peak_bytes is then the least it needs, with no cost.
+    overflow: str | None = None
     cost: Cost = field(default_factory=Cost)
     compute_seconds: float = 0.0
     memory_seconds: float = 0.0
@@ -49,6 +50,7 @@ class Estimate:
 class Plan:
     topology: Topology
     mesh: dict[str, int]
+    rollout_mesh: dict[str, int]  # the same chips as decoding sees them
     limit_bytes: float  # of HBM that a program may have
     resident_bytes: dict[str, float]
     programs: list[Estimate]
@@ -56,6 +58,7 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
+        """Of the programs that could be compiled."""
         return sum(p.runs * p.seconds for p in self.programs)
 
     @property
@@ -83,28 +86,27 @@ def estimate_run(run: PlannedRun, topology: Topology, mesh: Mesh) -> Plan:
     for program in run.programs:
         log.info("compiling %s for %s", program.name, topology.name)
         estimates.append(estimate_program(program, topology, total))
-    return Plan(topology, dict(mesh.shape), usable_hbm(topology.chip), resident, estimates, run.tokens_per_step)
+    meshes = (dict(mesh.shape), dict(run.rollout_mesh.shape))
+    return Plan(topology, *meshes, usable_hbm(topology.chip), resident, estimates, run.tokens_per_step)
 
 
 # CUB picks how to sort by asking the device, which is not there.
-_OPTIONS = {"tpu": {}, "cuda": {"xla_gpu_enable_cub_radix_sort": False}}
+COMPILER_OPTIONS = {"tpu": {}, "cuda": {"xla_gpu_enable_cub_radix_sort": False}}
 
 
 def estimate_program(program: PlannedProgram, topology: Topology, resident_bytes: float) -> Estimate:
+    """Compile a program for a topology. `resident_bytes`: of all that stays on a chip, the program's own included."""
     start, mesh = time.perf_counter(), program.mesh
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = program.traced.lower(lowering_platforms=(topology.chip.platform,))
         try:
-            compiled = lowered.compile(_OPTIONS[topology.chip.platform])
+            compiled = lowered.compile(COMPILER_OPTIONS[topology.chip.platform])
         except jax.errors.JaxRuntimeError as error:
-            used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
-            if not used:
+            seconds = time.perf_counter() - start
+            needed = overflow_bytes(str(error), resident_bytes, chip_bytes(program.resident))
+            if needed is None:
                 raise
-            needed = float(used[1]) * GIB * {"K": 2**-20, "M": 2**-10, "G": 1, "T": 2**10}[used[2]]
-            needed += resident_bytes - chip_bytes(program.resident)
-            return Estimate(
-                program.name, program.runs, time.perf_counter() - start, 0.0, 0.0, needed, str(error).splitlines()[0]
-            )
+            return Estimate(program.name, program.runs, seconds, 0.0, 0.0, needed, str(error).splitlines()[0])
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     own = memory.argument_size_in_bytes - chip_bytes(program.resident)
@@ -113,24 +115,49 @@ def estimate_program(program: PlannedProgram, topology: Topology, resident_bytes
         parse(compiled.as_text()), mesh.shape, loops=program.loops, kernel_cost=program.kernel_cost
     )
     chip = topology.chip
-    network = sum(
-        sent / axis_bandwidth(topology, mesh, axes) for (_, axes), sent in cost.collective_bytes.items()
+    links = sum(
+        sent / bandwidth(topology, mesh, kind, axes) for (kind, axes), sent in cost.collective_bytes.items()
     )
     return Estimate(
         program.name, program.runs, seconds, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
         resident_bytes + own + results + memory.temp_size_in_bytes, None, cost,
-        cost.flops / chip.flops, cost.hbm_bytes / chip.hbm_bandwidth, network,
+        cost.flops / chip.flops, cost.hbm_bytes / chip.hbm_bandwidth, links,
     )  # fmt: skip
 
 
-def axis_bandwidth(topology: Topology, mesh: Mesh, axes: str) -> float:
-    """Bytes per second that a chip sends along mesh axes: slower where they leave the host of a GPU."""
+_UNITS = {"": 2**0, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def overflow_bytes(message: str, resident: float, own: float) -> float | None:
+    """The least a chip needs for a program, from the compiler's complaint; None if it complains of something else.
+
+    resident: bytes that stay on the chip; own: those of them that are arguments of the program.
+    """
+    # The whole program, arguments included; or, found out earlier, what it needs besides them.
+    whole = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+    besides = re.search(r"memory required for HLO temporaries \(([\d.]+)([KMGT]?)\)", message)
+    if not (found := whole or besides):
+        return None
+    needed = float(found[1]) * _UNITS[found[2]]
+    return needed + resident - (own if whole else 0.0)
+
+
+def bandwidth(topology: Topology, mesh: Mesh, kind: str, axes: str) -> float:
+    """Bytes per second that a chip can send in a collective of this kind along "+"-joined mesh axes.
+
+    GPU: over NVLink, or out of the host, where its group's GPUs in a host share their network cards. TPU: over the
+    links along every dimension of the torus that the group spans, both ways where the dimension is a ring; a permute
+    goes to one neighbour and back from another.
+    """
     chip = topology.chip
-    if chip.chips_per_fabric is None:
-        return chip.link_bandwidth
-    span = 1  # devices are numbered with the last axis fastest, and hosts hold consecutive ones
-    for name, size in reversed(mesh.shape.items()):
-        span *= size
-        if name == axes.split("+")[0]:
-            break
-    return chip.link_bandwidth if span <= chip.chips_per_fabric else chip.host_bandwidth
+    index = tuple(slice(None) if axis in axes.split("+") else 0 for axis in mesh.axis_names)
+    group = mesh.devices[index].ravel()
+    if chip.chips_per_fabric is not None:
+        hosts = Counter(device.process_index for device in group)
+        if len(hosts) == 1:
+            return chip.link_bandwidth
+        return min(chip.link_bandwidth, chip.host_bandwidth * max(hosts.values()))
+    places = [{device.coords[n] for device in group} for n in range(len(topology.shape))]
+    spanned = [size for size, found in zip(topology.shape, places, strict=True) if len(found) > 1]
+    links = sum(2 if topology.is_ring(size) else 1 for size in spanned)
+    return chip.link_bandwidth * (min(2, links) if kind == "collective-permute" else links)

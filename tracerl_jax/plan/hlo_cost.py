@@ -13,7 +13,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from tracerl_jax.plan.hlo import Array, Computation, Instruction, Module
+from tracerl_jax.plan.hlo_loops import LoopLengths
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Custom calls that run a kernel of ours; all others are library calls or notes to the compiler.
@@ -61,9 +64,9 @@ def program_cost(
     """Cost of the entry computation.
 
     mesh_shape: axis name -> size, in the order of the devices the program was compiled for, slowest first.
-    loops: a loop's whole `op_name` -> how often it runs, for loops whose length depends on data.
+    loops: how often loops whose length depends on data run, by the end of their `op_name` ("jit(decode)/while").
     """
-    return _Walk(module, mesh_shape, loops or {}, kernel_cost).computation(module.entry)
+    return _Walk(module, mesh_shape, loops or {}, kernel_cost, LoopLengths(module)).computation(module.entry)
 
 
 @dataclass
@@ -72,6 +75,7 @@ class _Walk:
     mesh_shape: Mapping[str, int]
     loops: Mapping[str, float]
     kernel_cost: KernelCost
+    lengths: LoopLengths
     known: dict[str, Cost] = field(default_factory=dict)
 
     def computation(self, name: str) -> Cost:
@@ -79,55 +83,44 @@ class _Walk:
             scope = self.module.computations[name]
             total = Cost()
             for i in scope.values():
-                total.add(*self.instruction(i, scope))
+                total.add(*self.instruction(i, name))
             self.known[name] = total
         return self.known[name]
 
-    def instruction(self, i: Instruction, scope: Computation) -> tuple[Cost, float]:
-        """(cost, how often)."""
-        kind = i.opcode.removesuffix("-start")
+    def instruction(self, i: Instruction, where: str) -> tuple[Cost, float]:
+        """(cost, how often) of an instruction of the computation `where`."""
+        scope = self.module.computations[where]
         if i.opcode == "while":
-            times = self.loop_length(i)
-            body = Cost(unknown_loops=set() if times is not None else {i.op_name or i.name})
-            body.add(self.computation(i.called("body")))
-            return body, 1.0 if times is None else times
+            return self.loop(i, where)
         if i.opcode == "conditional":
             branches = re.findall(r"%([\w.\-]+)", i.attribute(r"branch_computations=\{([^}]*)\}") or "")
             branches = branches or [i.called("true_computation"), i.called("false_computation")]
             return max(map(self.computation, branches), key=lambda c: (c.flops, c.hbm_bytes)), 1.0
-        if i.opcode == "call":
-            return self.computation(i.called("to_apply")), 1.0
+        if i.opcode in ("call", "async-start"):
+            return self.computation(i.called("to_apply") or i.called("calls")), 1.0
         operands = operand_arrays(i, scope)
         if i.opcode == "custom-call" and i.target in KERNEL_TARGETS:
             return self.kernel(i, operands), 1.0
         result = Cost(self.flops(i, operands), self.hbm_bytes(i, scope, operands))
+        kind = i.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             sent, axes = sent_bytes(i, kind, operands, self.mesh_shape)
             if sent:
                 result.collective_bytes[kind, axes] += sent
-        elif i.opcode == "async-start":
-            inner = self.computation(i.called("calls"))
-            result.flops, result.collective_bytes = inner.flops, inner.collective_bytes
         return result, 1.0
 
+    def loop(self, i: Instruction, where: str) -> tuple[Cost, float]:
+        times = next((n for end, n in self.loops.items() if i.op_name.endswith(end)), None)
+        times = self.lengths.length(i, where) if times is None else times
+        once = Cost(unknown_loops=set() if times is not None else {i.op_name or i.name})
+        once.add(self.computation(i.called("body")))
+        once.add(self.computation(i.called("condition")))
+        return once, 1.0 if times is None else times
+
     def kernel(self, i: Instruction, operands: list[Array]) -> Cost:
-        name, known = kernel_name(i), self.kernel_cost(i, operands)
+        name, known = kernel_name(i), self.kernel_cost(i, operands) or own_estimate(i, operands)
         flops, hbm_bytes = known or (0.0, sum(a.hbm_bytes for a in (*operands, *i.outputs)))
         return Cost(flops, hbm_bytes, kernels=Counter([name]), unknown_kernels=set() if known else {name})
-
-    def loop_length(self, i: Instruction) -> float | None:
-        """Our loops and JAX's own count from 0 in steps of 1 while less than a bound."""
-        if i.op_name in self.loops:
-            return self.loops[i.op_name]
-        if known := i.attribute(r'"known_trip_count":\{"n":"(\d+)"\}'):
-            return float(known)
-        condition = self.module.computations[i.called("condition")]
-        compare, constants = condition.root, [c for c in condition.values() if c.opcode == "constant"]
-        if compare.opcode == "fusion":
-            inner = self.module.computations[compare.called("calls")]
-            compare, constants = inner.root, constants + [c for c in inner.values() if c.opcode == "constant"]
-        is_count = compare.opcode == "compare" and compare.attribute(r"direction=(\w+)") == "LT"
-        return float(constants[0].literal) if is_count and len(constants) == 1 else None
 
     def flops(self, i: Instruction, operands: Sequence[Array]) -> float:
         if i.opcode == "dot":
@@ -147,15 +140,15 @@ class _Walk:
         if i.opcode == "copy-start":  # (destination, source, context)
             return i.outputs[0].hbm_bytes + i.outputs[1].hbm_bytes
         if i.opcode == "fusion":
-            return _fusion_bytes(i, self.module.computations[i.called("calls")], scope)
+            return _fusion_bytes(i, scope, self.module.computations)
         if i.opcode in _SLICES:
             return 2 * i.outputs[0].hbm_bytes
         if i.opcode == "dynamic-update-slice":
             return 2 * operands[1].hbm_bytes
         if i.opcode == "scatter":  # read and write what is updated, read the updates
             return 3 * operands[-1].hbm_bytes
-        # The start of an asynchronous all-gather returns its operands before its results.
-        outputs = i.outputs[len(i.outputs) // 2 :] if i.opcode == "all-gather-start" else i.outputs
+        n = len(operands)  # the starts of asynchronous collectives but all-reduce return them before their results
+        outputs = i.outputs[n : 2 * n] if i.opcode.endswith("-start") and len(i.outputs) >= 2 * n else i.outputs
         return sum(a.hbm_bytes for a in (*operands, *outputs))
 
 
@@ -164,8 +157,21 @@ def operand_arrays(i: Instruction, scope: Computation) -> list[Array]:
 
 
 def kernel_name(i: Instruction) -> str:
-    """The name given to `pallas_call`, as far as the compiler kept it."""
-    return i.attribute(r'"?kernel_name"?\s*[:=]\s*"([^"]+)"') or i.op_name.rsplit("/", 1)[-1] or i.name
+    """The name given to `pallas_call`, without what was done to it: "transpose(jvp(attention_dq))/pallas_call"."""
+    path = [part for part in i.op_name.split("/") if part != "pallas_call"]
+    innermost = re.search(r"([\w.\-]+)\)*$", path[-1]) if path else None
+    return i.attribute(r'\bname = "([^"]+)"') or (innermost[1] if innermost else i.name)
+
+
+def own_estimate(i: Instruction, operands: Sequence[Array]) -> tuple[float, float] | None:
+    """(FLOPs, HBM bytes) of a kernel that says so itself, as those do that the TPU compiler makes of `ragged_dot`, or
+    that has nothing but integers to work on."""
+    said = i.attribute(r'"cost_estimate":\{([^}]*)\}') or ""
+    found = [re.search(rf'"{key}":"(\d+)"', said) for key in ("flops", "bytes_accessed")]
+    if all(found):
+        return float(found[0][1]), float(found[1][1])
+    moved = (*operands, *i.outputs)
+    return (0.0, sum(a.hbm_bytes for a in moved)) if all(a.dtype[0] in "psu" for a in moved) else None
 
 
 # Collectives
@@ -179,12 +185,13 @@ def sent_bytes(
     if kind == "collective-permute":
         pairs = re.findall(r"\{(\d+),(\d+)\}", i.attribute(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}") or "")
         moving = [(int(a), int(b)) for a, b in pairs if a != b]
-        return (size, _axes(moving[0], mesh_shape)) if moving else (0.0, "")
+        return (size, _axes(moving, mesh_shape)) if moving else (0.0, "")
     group = _first_group(i.attributes, math.prod(mesh_shape.values()))
     n = len(group)
     if kind == "all-gather":
         size *= n
-    return size * (n - 1) / n * (2 if kind == "all-reduce" else 1), _axes(group, mesh_shape)
+    pairs = [(group[0], other) for other in group[1:]]
+    return size * (n - 1) / n * (2 if kind == "all-reduce" else 1), _axes(pairs, mesh_shape)
 
 
 def _first_group(attributes: str, devices: int) -> list[int]:
@@ -225,13 +232,13 @@ def _span(digits: Sequence[tuple[int, int]]) -> list[int]:
     return [sum(parts) for parts in itertools.product(*ranges)]
 
 
-def _axes(group: Sequence[int], mesh_shape: Mapping[str, int]) -> str:
-    """Mesh axes along which the devices of a group differ."""
+def _axes(pairs: Sequence[tuple[int, int]], mesh_shape: Mapping[str, int]) -> str:
+    """Mesh axes along which the devices of some pair differ."""
     strides = _strides(list(mesh_shape.values()))
     return "+".join(
         name
         for (name, size), stride in zip(mesh_shape.items(), strides, strict=True)
-        if len({device // stride % size for device in group}) > 1
+        if any(a // stride % size != b // stride % size for a, b in pairs)
     )
 
 
@@ -256,47 +263,59 @@ def _convolution_flops(i: Instruction, operands: Sequence[Array]) -> float:
         )
         low = int(window["pad"].split("x")[n].split("_")[0]) if window["pad"] else 0
         last = (inputs[lhs.index(digit)] - 1) * in_dilation
-        positions = (
-            o * stride + t * tap_dilation - low
-            for o in range(outputs[out.index(digit)])
-            for t in range(taps[rhs.index(digit)])
-        )
-        flops *= sum(0 <= p <= last and p % in_dilation == 0 for p in positions)
+        starts = np.arange(outputs[out.index(digit)]) * stride - low
+        met = 0
+        for tap in range(taps[rhs.index(digit)]):
+            positions = starts + tap * tap_dilation
+            met += int(((positions >= 0) & (positions <= last) & (positions % in_dilation == 0)).sum())
+        flops *= met
     return flops
 
 
 # HBM bytes of a fusion
 
 
-def _fusion_bytes(i: Instruction, inner: Computation, scope: Computation) -> float:
+def _fusion_bytes(i: Instruction, scope: Computation, computations: Mapping[str, Computation]) -> float:
     """Operands and results; no more than the slices of an operand that is only sliced, and no more than the update of
     one that is updated in place."""
-    parameters = {int(p.literal): p for p in inner.values() if p.opcode == "parameter"}
+    inner = computations[i.called("calls")]
+    parameters = _parameters(inner)
     read = 0.0
     for n, name in enumerate(i.operands):
         for array in scope[name].outputs if name in scope else ():
             if array.in_hbm:
-                read += min(array.bytes, _used_bytes(parameters[n], inner))
+                read += min(array.bytes, _used_bytes(parameters[n], inner, computations))
     results = [inner[o] for o in inner.root.operands] if inner.root.opcode == "tuple" else [inner.root]
     roots = [result for result in results for _ in result.outputs]
-    written = 0.0
-    for array, root in zip(i.outputs, roots, strict=True):
-        if array.in_hbm:
-            while root.opcode == "bitcast":
-                root = inner[root.operands[0]]
-            update = inner.operand(root, 1) if root.opcode == "dynamic-update-slice" else None
-            written += update.outputs[0].bytes if update else array.bytes
+    written = sum(
+        _written_bytes(array, root, inner, computations)
+        for array, root in zip(i.outputs, roots, strict=True)
+        if array.in_hbm
+    )
     return read + written
 
 
-def _used_bytes(source: Instruction, inner: Computation) -> float:
-    """What a fusion reads of `source`: all, or the sum of its slices if nothing else looks at it."""
+def _parameters(inner: Computation) -> dict[int, Instruction]:
+    return {int(p.literal): p for p in inner.values() if p.opcode == "parameter"}
+
+
+def _used_bytes(source: Instruction, inner: Computation, computations: Mapping[str, Computation]) -> float:
+    """What a fusion reads of `source`: all, or the sum of its slices if nothing else looks at it. The TPU compiler
+    puts fusions into fusions: the slice of an operand of a product is one of its own."""
     total = 0.0
     for user in inner.values():
         if source.name not in user.operands:
             continue
-        if user.opcode == "bitcast":
-            total += _used_bytes(user, inner)
+        if user.opcode == "bitcast" and not user.is_root:
+            total += _used_bytes(user, inner, computations)
+        elif user.opcode == "fusion":
+            called = computations[user.called("calls")]
+            parameters = _parameters(called)
+            total += sum(
+                _used_bytes(parameters[n], called, computations)
+                for n, name in enumerate(user.operands)
+                if name == source.name
+            )
         elif user.opcode in _SLICES and user.operands[0] == source.name:
             total += user.outputs[0].bytes
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == source.name:
@@ -304,3 +323,17 @@ def _used_bytes(source: Instruction, inner: Computation) -> float:
         else:
             return source.outputs[0].bytes if source.outputs else 0.0
     return total
+
+
+def _written_bytes(
+    array: Array, root: Instruction, inner: Computation, computations: Mapping[str, Computation]
+) -> float:
+    """What a fusion writes of the result `array` that `root` makes: all, or the update of a slice."""
+    while root.opcode in ("bitcast", "fusion"):
+        if root.opcode == "bitcast":
+            root = inner[root.operands[0]]
+        else:
+            inner = computations[root.called("calls")]
+            root = inner.root
+    update = inner.operand(root, 1) if root.opcode == "dynamic-update-slice" else None
+    return update.outputs[0].bytes if update else array.bytes

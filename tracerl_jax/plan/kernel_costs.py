@@ -18,8 +18,8 @@ GRAIN = 128
 # name: (products of [pairs] x head_dim, arrays of all query heads moved, arrays of all key/value heads moved)
 ATTENTION = {
     "attention_forward": (2, 2, 2),  # scores, output
-    "attention_backward": (5, 4, 4),  # scores again, d_scores, d_q, d_k, d_v
-    "attention_dq": (3, 4, 2),
+    "attention_backward": (5, 4, 4),  # scores again, d_scores, d_q (in float32), d_k, d_v
+    "attention_dq": (3, 3, 2),
     "attention_dkv": (4, 2, 4),
 }
 
@@ -33,19 +33,23 @@ def live_pairs(intervals: np.ndarray) -> float:
     return float(tiles.sum()) * GRAIN**2
 
 
-def attention_cost(config: ModelConfig, mesh: Mesh, intervals: np.ndarray) -> KernelCost:
-    """Of a program that attends within rows of these intervals [R,T,4], R over the whole mesh."""
+def attention_cost(config: ModelConfig, mesh: Mesh, intervals: np.ndarray, rows: int) -> KernelCost:
+    """Of a program that attends within `rows` rows, over the whole mesh, like those of these intervals [R,T,4]."""
     R, T = intervals.shape[:2]
-    shards, tensor = row_shards(mesh), mesh.shape["tensor"]
-    pairs = live_pairs(intervals) / shards * config.num_heads / tensor
-    tokens = R * T / shards * config.head_dim * jnp.dtype(config.dtype).itemsize / tensor
+    local = rows / row_shards(mesh)
+    heads, kv_heads = (count / mesh.shape["tensor"] for count in (config.num_heads, config.num_kv_heads))
+    pairs = live_pairs(intervals) / R * local * heads
+    vectors = local * T * config.head_dim
 
     def cost(instruction, operands):
-        for kernel, (products, of_queries, of_keys) in ATTENTION.items():
-            if kernel in kernel_name(instruction):
-                moved = tokens * (of_queries * config.num_heads + of_keys * config.num_kv_heads)
-                return 2.0 * products * pairs * config.head_dim, moved
-        return None
+        if (name := kernel_name(instruction)) not in ATTENTION:
+            return None
+        products, of_queries, of_keys = ATTENTION[name]
+        # The backward pass on TPUs takes the keys in windows, a call each, and returns the gradients of a window.
+        windowed = name == "attention_backward"
+        share = min(1.0, instruction.outputs[1].elements / (vectors * kv_heads)) if windowed else 1.0
+        moved = vectors * (of_queries * heads + share * of_keys * kv_heads) * jnp.dtype(config.dtype).itemsize
+        return 2.0 * products * share * pairs * config.head_dim, moved
 
     return cost
 
@@ -59,6 +63,6 @@ def decode_cost(config: ModelConfig, mesh: Mesh, slots: int, queries: int, live_
     cached, new = live_tokens * 2 * config.num_kv_heads, queries * 2 * (config.num_heads + config.num_kv_heads)
 
     def cost(instruction, operands):
-        return (flops, rows * (cached + new) * vector) if "decode_attention" in kernel_name(instruction) else None
+        return (flops, rows * (cached + new) * vector) if kernel_name(instruction) == "decode_attention" else None
 
     return cost

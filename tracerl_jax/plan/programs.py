@@ -16,15 +16,15 @@ from tracerl_jax.config import RunConfig
 from tracerl_jax.data.prompts import Problem
 from tracerl_jax.errors import ConfigError
 from tracerl_jax.interop.hf_config import read_model_config
+from tracerl_jax.kernels.decode.chunked import CHUNK
 from tracerl_jax.models import PRESETS, Model, ModelConfig
 from tracerl_jax.parallel.sharding import batch_sharding, row_shards
 from tracerl_jax.plan.hlo_cost import KernelCost
 from tracerl_jax.plan.kernel_costs import attention_cost, decode_cost
 from tracerl_jax.plan.workload import Workload, sample_traces
 from tracerl_jax.rl.experience import Sample
-from tracerl_jax.rl.update import Learner, plan_replays
-from tracerl_jax.rollout.engine import Engine
-from tracerl_jax.rollout.options import Request
+from tracerl_jax.rl.update import Learner, Replay, plan_replays
+from tracerl_jax.rollout.engine import Engine, EngineConfig, Request
 from tracerl_jax.rollout.weights import abstract_rollout_params, convert, needs_copy, rollout_model
 from tracerl_jax.training.optimizer import make_optimizer
 from tracerl_jax.training.run import rollout_options
@@ -42,13 +42,14 @@ class PlannedProgram:
     mesh: Mesh  # of the program's own devices: decoding sees them otherwise than training
     runs: float  # per RL step
     resident: Any  # those of its arguments that stay on the devices between programs
-    loops: dict[str, float] = field(default_factory=dict)  # op_name of a loop whose length depends on data -> its runs
+    loops: dict[str, float] = field(default_factory=dict)  # of lengths that depend on data, see program_cost
     kernel_cost: KernelCost = lambda instruction, operands: None
 
 
 @dataclass(frozen=True)
 class PlannedRun:
     model: Model
+    rollout_mesh: Mesh
     programs: list[PlannedProgram]
     resident: dict[str, Any]  # what stays on the devices during RL, by what it is
     tokens_per_step: float  # response tokens of an RL step
@@ -61,13 +62,16 @@ def model_config(config: RunConfig) -> ModelConfig:
     """
     section = config.model
     how = {name: getattr(section, name) for name in ("dtype", "remat", "scan_layers", "attention")}
-    if section.path is not None and Path(section.path).is_dir():
+    if section.preset is not None:
+        if section.preset not in PRESETS:
+            raise ConfigError(f"unknown model.preset {section.preset!r}; there are {', '.join(PRESETS)}")
+        return PRESETS[section.preset].replace(**how)
+    if Path(section.path).is_dir():
         return read_model_config(section.path, **how)
-    name = section.preset or preset_like(section.path)
-    if name not in PRESETS:
-        raise ConfigError(f"model.path={section.path!r} is no folder here and no preset has its name: give the folder, "
-                          f"or --config.model.path=none --config.model.preset=NAME with one of {', '.join(PRESETS)}.")
-    return PRESETS[name].replace(**how)
+    if name := preset_like(section.path):
+        return PRESETS[name].replace(**how)
+    raise ConfigError(f"model.path={section.path!r} is no folder here and no preset has its name: give the folder, or "
+                      f"--config.model.path=none --config.model.preset=NAME with one of {', '.join(PRESETS)}.")
 
 
 def preset_like(path: str) -> str | None:
@@ -86,20 +90,24 @@ def plan_run(config: RunConfig, mesh: Mesh, workload: Workload) -> PlannedRun:
     updates = config.rl.steps * config.rl.minibatches * config.rl.epochs
     learner = Learner(
         model,
-        dataclasses.replace(config.rl, normaliser_constant=config.rl.normaliser_constant or workload.response_tokens),
+        dataclasses.replace(config.rl, normaliser_constant=config.rl.normaliser_constant or config.rollout.max_tokens),
         config.value,
         make_optimizer(config.rl.optimizer, updates),
         make_optimizer(config.value.optimizer, updates),
     )
     resident = _resident(config, learner)
-    samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     decoder = rollout_model(model, config.rollout.tensor)
     # Kernels are chosen for the devices of the mesh in force.
     with jax.sharding.use_abstract_mesh(decoder.mesh.abstract_mesh):
-        programs = _rollout_programs(config, decoder, resident["policy"], workload, samples)
+        programs = _rollout_programs(config, decoder, resident["policy"], workload)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        programs += _training_programs(config, learner, resident, workload, samples)
-    return PlannedRun(model, programs, resident, samples * workload.response_tokens)
+        programs += _training_programs(config, learner, resident, workload)
+    return PlannedRun(model, decoder.mesh, programs, resident, _samples(config) * workload.response_tokens)
+
+
+def _samples(config: RunConfig) -> int:
+    """Responses of an RL step."""
+    return config.rollout.prompts_per_step * config.rollout.samples_per_prompt
 
 
 def _resident(config: RunConfig, learner: Learner) -> dict[str, Any]:
@@ -112,39 +120,60 @@ def _resident(config: RunConfig, learner: Learner) -> dict[str, Any]:
     return resident
 
 
-def _rollout_programs(
-    config: RunConfig, model: Model, policy: Any, workload: Workload, samples: int
-) -> list[PlannedProgram]:
-    slots = min(samples, config.rollout.slots_per_device * row_shards(model.mesh))
-    weights = abstract_rollout_params(model)
+def _rollout_programs(config: RunConfig, model: Model, policy: Any, workload: Workload) -> list[PlannedProgram]:
+    section, samples = config.rollout, _samples(config)
+    slots, shards = section.slots_per_device * row_shards(model.mesh), row_shards(model.mesh)
     # The vocabulary is the model's: only a tokenizer would know of padding at its end.
-    engine = Engine(model, weights, batch_size=slots)
+    engine = Engine(
+        model, abstract_rollout_params(model),
+        EngineConfig(slots, commit=section.commit, kv_dtype=section.kv_dtype),
+    )  # fmt: skip
     options = rollout_options(config, seed=0)
     requests = [
-        Request(_prompt(i // config.rollout.samples_per_prompt, workload, model.config), options, sample_index=i)
-        for i in range(engine.batch_size)
+        Request(_prompt(i // section.samples_per_prompt, config, model.config), options, sample_index=i)
+        for i in range(samples)
     ]
-    traced = engine.traced(requests)
-    batches = math.ceil(samples / engine.batch_size)
+    traced, fused = engine.traced(requests), engine.commits_fused(requests)
     B = options.block_size or model.config.block_size
-    # Each block is denoised, then committed by one more forward; the last one is not.
-    blocks = math.ceil(workload.response_tokens / B)
-    forwards = workload.response_tokens / workload.tokens_per_step + blocks - 1
+    forwards, live = _decoding(config, workload, B, slots, fused)
     copied, mesh = needs_copy(model, policy), model.mesh
     kept = () if copied else policy
     sync = [PlannedProgram("sync", convert.trace(model, policy), mesh, 1, policy)] if copied else []
-    prompts = _block_causal(*traced["prefill"].args_info[0][1].shape, B)
-    live = workload.prompt_tokens + workload.response_tokens / 2
+    prompts = _block_causal(*traced["prefill"].args_info[0][2].shape, B)
+    calls = math.ceil(section.prompts_per_step / shards / (len(prompts) // shards))
+    # A quarter of the positions of a step goes through the head at a time; of a step's masked positions the mean.
+    head_groups = math.ceil(4 * (workload.tokens_per_step + B) / (2 * B))
     return sync + [
         PlannedProgram(
-            "prefill", traced["prefill"], mesh, batches, kept,
-            kernel_cost=attention_cost(model.config, mesh, prompts),
+            "prefill", traced["prefill"], mesh, calls, kept,
+            kernel_cost=attention_cost(model.config, mesh, prompts[:1], len(prompts)),
         ),
         PlannedProgram(
-            "decode", traced["decode"], mesh, batches, kept, {"jit(decode)/while": forwards},
-            decode_cost(model.config, mesh, engine.batch_size, B, live),
+            "decode", traced["decode"], mesh, 1, kept,
+            # Of the engine, of the fused head, and of `chunked_decode_attention` for backends without a kernel.
+            {"jit(decode)/while": forwards, "body/shard_map/while": head_groups,
+             "attention/shard_map/while": math.ceil(live / CHUNK)},
+            decode_cost(model.config, mesh, min(slots, samples), (1 + fused) * B, live),
         ),
     ]  # fmt: skip
+
+
+def _decoding(
+    config: RunConfig, workload: Workload, block_size: int, slots: int, fused: bool
+) -> tuple[float, float]:
+    """(forwards of an RL step's decoding, committed tokens of a slot on average over them).
+
+    Slots are refilled as they become free, so all of them work until the samples run out, and then the last ones as
+    long as the longest response takes beyond the mean. Each block is denoised and, unless commits are fused, then
+    committed by one more forward, but not the last one.
+    """
+
+    def of(tokens: float) -> float:
+        return tokens / workload.tokens_per_step + (0 if fused else math.ceil(tokens / block_size) - 1)
+
+    longest, response = config.rollout.max_tokens, workload.response_tokens
+    rounds = max(1.0, _samples(config) / slots)
+    return rounds * of(response) + of(longest) - of(response), workload.prompt_tokens + response / 2
 
 
 def _block_causal(rows: int, length: int, block_size: int) -> np.ndarray:
@@ -154,70 +183,86 @@ def _block_causal(rows: int, length: int, block_size: int) -> np.ndarray:
     return intervals
 
 
-def _prompt(group: int, workload: Workload, config: ModelConfig) -> np.ndarray:
-    """One that no other group has."""
-    ids = np.zeros(workload.prompt_tokens, np.int32)
+def _prompt(group: int, config: RunConfig, model: ModelConfig) -> np.ndarray:
+    """One that no other group has, of the greatest length: the caches of a batch are as long as its longest row."""
+    ids = np.zeros(config.task.max_prompt_tokens, np.int32)
     for i in range(min(3, len(ids))):
-        group, ids[i] = divmod(group, config.mask_token_id)
+        group, ids[i] = divmod(group, model.mask_token_id)
     return ids
 
 
 def _training_programs(
-    config: RunConfig, learner: Learner, resident: dict[str, Any], workload: Workload, samples: int
+    config: RunConfig, learner: Learner, resident: dict[str, Any], workload: Workload
 ) -> list[PlannedProgram]:
-    block_size = config.rl.block_size or config.rollout.block_size or learner.model.config.block_size
-    count = min(samples, PACKED_SAMPLES)
-    traces = sample_traces(workload, count, block_size=block_size, temperature=config.rollout.temperature)
-    problem = Problem(index=0, prompt_text="", prompt_ids=traces[0].prompt_ids, columns={})
-    replays = [
-        dataclasses.replace(replay, **_numbers(config, replay.sample))
-        for part in plan_replays(
-            [Sample(problem, trace, "", 0, 0.0, {}, 0.0) for trace in traces],
-            dataclasses.replace(config.rl, minibatches=1, epochs=1),
-            mask_id=learner.model.config.mask_token_id, block_size=block_size, seed=0, step=1,
-        )
-        for replay in part
-    ]  # fmt: skip
+    model, mesh = learner.model.config, learner.model.mesh
+    count = min(_samples(config), PACKED_SAMPLES)
+    replays = _replays(config, model, workload, count)
+    tokens = sum(replay.item.size for replay in replays) / count * _samples(config) * workload.kept_fraction
+    # All rows are as long as the longest response needs.
+    longest = Workload(config.task.max_prompt_tokens, config.rollout.max_tokens, workload.tokens_per_step)
+    replays += _replays(config, model, longest, 1)
     batches, _ = learner.policy_batches(replays)
-    rows = batches[0]["rows"]
     values = learner.value_batches(replays)[0][0] if config.value.enabled else None
-    tokens = sum(replay.item.size for replay in replays) / count * samples * workload.kept_fraction
-    # Rows that the packing of the sampled responses really filled, however few of them a micro-batch could have had.
-    filled = sum(int((part["rows"].intervals.any((1, 2))).sum()) for part in batches)
-    fullness = sum(replay.item.size for replay in replays) / (filled * rows.ids.shape[1])
-    updates = config.rl.minibatches * config.rl.epochs
-    micro_batches = max(1, round(tokens / fullness / rows.ids.size))
+    intervals = np.concatenate([batch["rows"].intervals for batch in batches])
+    intervals = intervals[intervals.any((1, 2))]  # of rows that hold something
+    rows, T = batches[0]["rows"].ids.shape
+    fullness = sum(replay.item.size for replay in replays) / (len(intervals) * T)
+    micro_batches = tokens / fullness / (rows * T)
 
     def spec(batch):
-        sharding = batch_sharding(learner.model.mesh)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), batch
+        )
 
     traced = learner.traced(spec(batches[0]), None if values is None else spec(values))
-    gradients = max(updates, micro_batches * config.rl.epochs)
-    recompute = config.rl.old_logprobs == "recompute" or config.rl.kl_to == "reference"
-    runs = {"replay": micro_batches if recompute else 1, "values": micro_batches}
-    runs |= {f"{who} gradient": gradients for who in ("policy", "value")}
-    runs |= {f"{who} apply": updates for who in ("policy", "value")}
-    trunk = resident["policy"] if config.value.shared_trunk else ()
-    kept = {
-        "replay": resident["policy"],
-        "policy gradient": resident["policy"],
-        "policy apply": (resident["policy"], resident["policy optimizer"]),
-    }
-    if config.value.enabled:
-        kept |= {
-            "values": (resident["value"], trunk),
-            "value gradient": (resident["value"], trunk),
-            "value apply": (resident["value"], resident["value optimizer"]),
-        }
-    attention = attention_cost(learner.model.config, learner.model.mesh, np.asarray(rows.intervals))
+    runs, kept = _training_runs(config, micro_batches), _training_arguments(config, resident)
+    attention = attention_cost(model, mesh, intervals, rows)
     return [
-        PlannedProgram(name, program, learner.model.mesh, runs[name], kept[name], kernel_cost=attention)
+        PlannedProgram(name, program, mesh, runs[name], kept[name], kernel_cost=attention)
         for name, program in traced.items()
     ]
 
 
-def _numbers(config: RunConfig, sample: Sample) -> dict[str, np.ndarray]:
-    """The per-token numbers an update needs; their values do not matter here."""
-    zeros = np.zeros(len(sample.trace.ids), np.float32)
-    return {"old_logp": zeros, "reference_logp": zeros, "old_values": zeros, "returns": zeros, "advantages": zeros}
+def _replays(config: RunConfig, model: ModelConfig, workload: Workload, count: int) -> list[Replay]:
+    """Those of `count` made-up responses. `coupled` makes two of each."""
+    B = config.rollout.block_size or model.block_size
+    traces = sample_traces(workload, count, block_size=B, temperature=config.rollout.temperature)
+    problem = Problem(index=0, prompt_text="", prompt_ids=traces[0].prompt_ids, columns={})
+    zeros = np.zeros(workload.response_tokens, np.float32)  # values do not matter here
+    numbers = dict.fromkeys(("old_logp", "reference_logp", "old_values", "returns", "advantages"), zeros)
+    updates = plan_replays(
+        [Sample(problem, trace, "", 0, 0.0, {}, 0.0) for trace in traces],
+        dataclasses.replace(config.rl, minibatches=1, epochs=1),
+        mask_id=model.mask_token_id, block_size=config.rl.block_size or B, seed=0, step=1,
+    )  # fmt: skip
+    return [dataclasses.replace(replay, **numbers) for update in updates for replay in update]
+
+
+def _training_runs(config: RunConfig, micro_batches: float) -> dict[str, float]:
+    """How often an RL step runs each program, with so many micro-batches in a pass over its responses."""
+    rl = config.rl
+    updates = rl.minibatches * rl.epochs
+    gradients = updates * max(1, math.ceil(micro_batches / rl.minibatches))
+    forwards = max(1, math.ceil(micro_batches * rl.epochs))
+    # Where the sampler's log-probs are used, one micro-batch is replayed to compare.
+    replay = (forwards if rl.old_logprobs == "recompute" else 1) + (forwards if rl.kl_to == "reference" else 0)
+    every = config.value.train_every
+    return {
+        "replay": replay, "policy gradient": gradients, "policy apply": updates,
+        "values": forwards, "value gradient": gradients / every, "value apply": updates / every,
+    }  # fmt: skip
+
+
+def _training_arguments(config: RunConfig, resident: dict[str, Any]) -> dict[str, Any]:
+    """Which arguments of each program stay on the devices."""
+    policy = resident["policy"]
+    kept = {
+        "replay": policy, "policy gradient": policy, "policy apply": (policy, resident["policy optimizer"]),
+    }  # fmt: skip
+    if config.value.enabled:
+        value, trunk = resident["value"], policy if config.value.shared_trunk else ()
+        kept |= {
+            "values": (value, trunk), "value gradient": (value, trunk),
+            "value apply": (value, resident["value optimizer"]),
+        }  # fmt: skip
+    return kept

@@ -1,6 +1,7 @@
 """A plan as text for people and as a dict for programs, and what to change when it does not fit."""
 
-from collections import Counter
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from tracerl_jax.config import RunConfig
@@ -9,13 +10,17 @@ from tracerl_jax.plan.estimate import Estimate, Plan
 from tracerl_jax.plan.workload import Workload
 
 
-def plan_dict(plan: Plan) -> dict[str, Any]:
-    """Everything in base units: bytes and FLOPs per chip, seconds."""
+def plan_dict(plan: Plan, config: RunConfig, workload: Workload) -> dict[str, Any]:
+    """Everything in base units: bytes and FLOPs per chip, seconds. JSON-able."""
     return {
+        "name": config.name,
         "topology": plan.topology.name,
         "chips": plan.topology.chips,
         "mesh": plan.mesh,
+        "rollout_mesh": plan.rollout_mesh,
+        "workload": dataclasses.asdict(workload),
         "fits": plan.fits,
+        "knobs": knobs(plan, config),
         "hbm_bytes": plan.limit_bytes,
         "peak_bytes": plan.peak_bytes,
         "resident_bytes": plan.resident_bytes,
@@ -26,66 +31,87 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
 
 
 def _program_dict(p: Estimate) -> dict[str, Any]:
-    return {
-        "name": p.name,
-        "runs_per_step": p.runs,
+    """What is not known of a program that the compiler could not place is None."""
+    known = {
         "argument_bytes": p.argument_bytes,
         "temp_bytes": p.temp_bytes,
-        "peak_bytes": p.peak_bytes,
-        "overflow": p.overflow,
         "flops": p.cost.flops,
         "hbm_traffic_bytes": p.cost.hbm_bytes,
-        "collective_bytes": {f"{kind} over {axes}": sent for (kind, axes), sent in p.cost.collective_bytes.items()},
+        "collective_bytes": _sent(p),
         "kernels": dict(p.cost.kernels),
         "seconds": p.seconds,
         "compute_seconds": p.compute_seconds,
         "hbm_seconds": p.memory_seconds,
         "link_seconds": p.link_seconds,
-        "bound": p.bound if not p.overflow else None,
-        "compile_seconds": p.compile_seconds,
+        "bound": p.bound,
         "not_counted": sorted(p.cost.unknown_kernels | p.cost.unknown_loops),
+    }
+    return {
+        "name": p.name,
+        "runs_per_step": p.runs,
+        "peak_bytes": p.peak_bytes,
+        "overflow": p.overflow,
+        "compile_seconds": p.compile_seconds,
+        **(dict.fromkeys(known) if p.overflow else known),
     }
 
 
+def _sent(p: Estimate) -> dict[str, float]:
+    return {f"{kind} over {axes}": sent for (kind, axes), sent in p.cost.collective_bytes.most_common()}
+
+
 def format_plan(plan: Plan, config: RunConfig, workload: Workload) -> str:
-    """The table, the memory that stays, the step's time, and the verdict."""
-    shape = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    """The table, the memory that stays, what is sent, the step's time, and the verdict."""
+    chip, mesh = plan.topology.chip, _mesh(plan.mesh)
+    share = f", of {_gib(chip.hbm_bytes)} (XLA_PYTHON_CLIENT_MEM_FRACTION)" if chip.platform == "cuda" else ""
+    mesh += f", in decoding {_mesh(plan.rollout_mesh)}" if plan.rollout_mesh != plan.mesh else ""
     lines = [
-        f"{config.name} on {plan.topology.name}: {plan.topology.chips} chips, mesh {shape}",
-        f"assumed: prompts of {workload.prompt_tokens} and responses of {workload.response_tokens} tokens, "
+        f"{config.name} on {plan.topology.name}: {plan.topology.chips} chips with {_gib(plan.limit_bytes)} each for "
+        f"programs{share}",
+        f"mesh: {mesh}",
+        f"assumed: prompts of {workload.prompt_tokens} and responses of {workload.response_tokens} tokens "
+        f"(the longest: {config.task.max_prompt_tokens} and {config.rollout.max_tokens}), "
         f"{workload.tokens_per_step:g} tokens per denoise step, {workload.kept_fraction:.0%} of the responses kept",
         "",
         "stays on every chip: " + ", ".join(f"{name} {_gib(size)}" for name, size in plan.resident_bytes.items()),
         "",
-    ]
-    lines += _columns([_HEADINGS, *(_row(p) for p in plan.programs)])
-    lines += [
+        *_columns([_HEADINGS, *(_row(p) for p in plan.programs)]),
         "",
-        "GiB per chip: the program's arguments and temporaries, and the peak of all that is there while it runs",
-        "per run and chip: FLOPs and HBM traffic, and milliseconds of each resource at its peak rate",
+        "runs: per RL step. GiB: the program's arguments and temporaries, and the peak of all that is there meanwhile.",
+        "TFLOP, HBM GB: of one run on one chip. ms: what they, and what is sent, take at the chip's peak rates.",
     ]
-    lines += _collectives(plan)
-    missing = [name for p in plan.programs for name in p.cost.unknown_kernels | p.cost.unknown_loops]
+    if sent := [(f"  {p.name}", _sent_text(p)) for p in plan.programs if p.cost.collective_bytes]:
+        lines += ["", "sent by a chip in one run, GB:", *_columns(sent, right=False)]
+    missing = sorted({f"  {p.name}: {what}" for p in plan.programs for what in p.cost.unknown_kernels})
+    missing += sorted({f"  {p.name}: loop {what}" for p in plan.programs for what in p.cost.unknown_loops})
     if missing:
-        lines += ["", f"counted too low: {len(missing)} kernels and loops of unknown length (--json names them)"]
-    lines += ["", *_verdict(plan)]
-    return "\n".join(lines)
+        lines += ["", "counted too low (FLOPs of unknown kernels, loops of unknown length):", *missing]
+    return "\n".join([*lines, "", *_verdict(plan, config)])
 
 
-_HEADINGS = ("program", "runs", "args", "temp", "peak", "TFLOP", "HBM GB", "compute", "HBM", "links", "bound by",
-             "s/step", "compiled")  # fmt: skip
+_HEADINGS = ("program", "runs", "args", "temp", "peak GiB", "TFLOP", "HBM GB", "compute", "HBM", "links ms",
+             "bound by", "s/step", "compiled")  # fmt: skip
 
 
 def _row(p: Estimate) -> tuple[str, ...]:
+    runs, compiled = f"{p.runs:.4g}", f"{p.compile_seconds:.0f} s"
     if p.overflow:
-        peak = _number(p.peak_bytes / GIB)
-        return (p.name, f"{p.runs:.0f}", "-", "-", peak, *["-"] * 7, f"{p.compile_seconds:.0f} s")
+        return (p.name, runs, "-", "-", f"> {_number(p.peak_bytes / GIB)}", *["-"] * 7, compiled)
     return (
-        p.name, f"{p.runs:.0f}", *(_number(size / GIB) for size in (p.argument_bytes, p.temp_bytes, p.peak_bytes)),
+        p.name, runs, *(_number(size / GIB) for size in (p.argument_bytes, p.temp_bytes, p.peak_bytes)),
         _number(p.cost.flops / 1e12), _number(p.cost.hbm_bytes / 1e9),
         *(_number(t * 1e3) for t in (p.compute_seconds, p.memory_seconds, p.link_seconds)),
-        p.bound, _number(p.runs * p.seconds), f"{p.compile_seconds:.0f} s",
+        p.bound, _number(p.runs * p.seconds), compiled,
     )  # fmt: skip
+
+
+def _sent_text(p: Estimate) -> str:
+    shown = [f"{what} {_number(sent / 1e9)}" for what, sent in _sent(p).items() if sent >= 1e7]
+    return ", ".join(shown) or "less than 0.01"
+
+
+def _mesh(shape: Mapping[str, int]) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in shape.items())
 
 
 def _number(x: float) -> str:
@@ -93,28 +119,19 @@ def _number(x: float) -> str:
     return f"{x:,.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
 
 
-def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+def _columns(rows: list[tuple[str, ...]], *, right: bool = True) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+    return ["  ".join([row[0].ljust(widths[0]),
+                       *(c.rjust(w) if right else c for c, w in zip(row[1:], widths[1:], strict=True))])
             for row in rows]  # fmt: skip
 
 
-def _collectives(plan: Plan) -> list[str]:
-    total: Counter = Counter()
-    for p in plan.programs:
-        for key, sent in p.cost.collective_bytes.items():
-            total[key] += p.runs * sent
-    if not total:
-        return []
-    shown = [f"{kind} over {axes} {sent / 1e9:.4g} GB" for (kind, axes), sent in total.most_common()]
-    return ["", f"sent by a chip per RL step: {', '.join(shown)}"]
-
-
-def _verdict(plan: Plan) -> list[str]:
+def _verdict(plan: Plan, config: RunConfig) -> list[str]:
     peak = max(plan.programs, key=lambda p: p.peak_bytes)
-    share = f"{_gib(peak.peak_bytes)} of {_gib(plan.limit_bytes)} ({peak.name})"
+    at_least = "at least " if peak.overflow else ""
+    share = f"{at_least}{_gib(peak.peak_bytes)} of {_gib(plan.limit_bytes)} ({peak.name})"
     if not plan.fits:
-        return [f"DOES NOT FIT: {share}. Turn one of these:", *(f"  {knob}" for knob in knobs(plan))]
+        return [f"DOES NOT FIT: {share}. Turn one of these:", *(f"  {knob}" for knob in knobs(plan, config))]
     rate = plan.response_tokens / plan.step_seconds
     return [
         f"fits: {share}",
@@ -126,24 +143,31 @@ def _verdict(plan: Plan) -> list[str]:
 ROLLOUT = ("sync", "prefill", "decode")
 
 
-def knobs(plan: Plan) -> list[str]:
-    """Config keys that lower the memory of the programs that do not fit, the strongest first."""
+def knobs(plan: Plan, config: RunConfig) -> list[str]:
+    """Config keys that lower the memory of the programs that do not fit, the strongest first; empty where all fit."""
     too_large = [p.name for p in plan.programs if p.peak_bytes > plan.limit_bytes or p.overflow]
+    rollout, rl, resident = config.rollout, config.rl, sum(plan.resident_bytes.values())
     found = []
-    if sum(plan.resident_bytes.values()) > 0.8 * plan.limit_bytes:
-        found.append(f"weights and optimizers alone take {_gib(sum(plan.resident_bytes.values()))}: more chips, with a "
-                     "larger mesh.fsdp")
-        if "value" in plan.resident_bytes:
+    if too_large and resident > 0.8 * plan.limit_bytes:
+        found.append(f"more chips with a larger mesh.fsdp ({plan.mesh['fsdp']}): weights and optimizers alone take "
+                     f"{_gib(resident)}")  # fmt: skip
+        if "value" in plan.resident_bytes and not config.value.shared_trunk:
             found.append("value.shared_trunk=true: a head on the policy's features instead of a second model")
         if "reference" in plan.resident_bytes:
             found.append("rl.kl_to=old: no frozen copy of the policy")
     if any(name in ROLLOUT for name in too_large):
-        found += ["a smaller rollout.slots_per_device or rollout.max_tokens: a smaller KV cache",
-                  "a larger rollout.tensor: fewer copies of the weights"]  # fmt: skip
+        found += [f"a smaller rollout.slots_per_device ({rollout.slots_per_device}) or rollout.max_tokens "
+                  f"({rollout.max_tokens}): a smaller KV cache",
+                  f"a larger rollout.tensor ({plan.rollout_mesh['tensor']}): more chips share a copy of the weights"]
     if any(name not in ROLLOUT for name in too_large):
-        found += ["model.remat=full and model.dtype=bfloat16, if they are not yet",
-                  "a smaller rl.rows_per_device or rl.row_length: fewer activations",
-                  "a larger mesh.fsdp or mesh.tensor, on more chips"]  # fmt: skip
+        found += ["model.dtype=bfloat16: activations of half the size"] * (config.model.dtype != "bfloat16")
+        found += ["model.remat=full: activations of one layer at a time"] * (config.model.remat != "full")
+        found += [f"a smaller rl.rows_per_device ({rl.rows_per_device}) or rl.row_length ({rl.row_length}): fewer "
+                  "activations",
+                  f"a larger mesh.fsdp ({plan.mesh['fsdp']}) or mesh.tensor ({plan.mesh['tensor']}), on more chips"]
+    if too_large and plan.topology.chip.platform == "cuda":
+        found.append("the environment variable XLA_PYTHON_CLIENT_MEM_FRACTION=0.9: more of a GPU's memory for JAX, "
+                     "here and in the run")  # fmt: skip
     return found
 
 

@@ -12,6 +12,11 @@ from jax.experimental import topologies
 from tracerl_jax.errors import ConfigError
 from tracerl_jax.plan.chips import CHIPS, Chip, cuda_target_config
 
+# Slices that Google rents, smaller than a cube of 4x4x4 or with two dimensions; others are made of whole cubes.
+SLICES = {
+    2: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    3: ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4"),
+}
 EXAMPLES = "v5p:4x4x4, v5e:2x4, v6e:4x4, v4:2x2x2, h100:8, h200:16, a100:8"
 # Without these libtpu looks for a metadata server and for the locks of a real TPU. They do no harm where there is one.
 _TPU_ENVIRONMENT = {
@@ -34,6 +39,10 @@ class Topology:
     def chips(self) -> int:
         return math.prod(self.shape)
 
+    def is_ring(self, size: int) -> bool:
+        """A dimension of `size` TPUs is closed: between whole 4x4x4 cubes, or across a whole pod of 16x16."""
+        return size % 4 == 0 and min(self.shape) >= 4 if len(self.shape) == 3 else size == 16
+
 
 def parse_topology(name: str) -> Topology:
     """ "v5p:4x4x4" or "h100:8" -> Topology. Raises ConfigError for a name that no such machine has."""
@@ -47,8 +56,10 @@ def parse_topology(name: str) -> Topology:
     if len(shape) != dimensions or min(shape) < 1:
         form = "x".join("XYZ"[:dimensions]) if chip.platform == "tpu" else "COUNT"
         raise ConfigError(f"topology {name!r}: {chip.name} comes as {chip.name}:{form}, for example {EXAMPLES}.")
-    if chip.platform == "tpu" and shape[:2] != (1, 1) and (shape[0] % 2 or shape[1] % 2):
-        raise ConfigError(f"topology {name!r}: a TPU host has 2x2 chips, so the first two sizes must be even.")
+    cubes = dimensions == 3 and all(size % 4 == 0 for size in shape)
+    if chip.platform == "tpu" and not cubes and match[2] not in SLICES[dimensions]:
+        known = ", ".join(SLICES[dimensions]) + (" and those of whole 4x4x4 cubes" if dimensions == 3 else "")
+        raise ConfigError(f"topology {name!r}: there is no such slice; those of {chip.name} are {known}.")
     if chip.platform == "cuda" and shape[0] > chip.chips_per_fabric and shape[0] % chip.chips_per_fabric:
         raise ConfigError(f"topology {name!r}: more than {chip.chips_per_fabric} GPUs come in whole hosts of "
                           f"{chip.chips_per_fabric}.")

@@ -4,12 +4,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tracerl_jax.config import RunConfig
 from tracerl_jax.diffusion.grid import round_up
+from tracerl_jax.diffusion.reveal import SEQUENTIAL, STATIC, strategy_code
 from tracerl_jax.diffusion.trace import Trace
 from tracerl_jax.errors import ConfigError
 
 # Spread of the blocks' difficulty, in logits of the chance of a reveal: easy blocks go in one step, hard ones slowly.
 DIFFICULTY_SPREAD = 2.0
+
+
+TOKENS_PER_STEP = 2.6  # what the paper's SDAR models reach with dynamic decoding is 2 to 2.7
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,7 @@ class Workload:
 
     prompt_tokens: int
     response_tokens: int
-    tokens_per_step: float = 2.6  # revealed per denoise step and sequence; the paper's SDAR models reach 2 to 2.7
+    tokens_per_step: float = TOKENS_PER_STEP  # revealed per denoise step and sequence
     kept_fraction: float = 1.0  # of the responses, after the accuracy filter
 
     def __post_init__(self):
@@ -30,6 +35,41 @@ class Workload:
             raise ConfigError(f"kept_fraction is {self.kept_fraction}, must lie in (0, 1]")
 
 
+def assume(
+    config: RunConfig,
+    block_size: int,
+    *,
+    prompt_tokens: int | None = None,
+    response_tokens: int | None = None,
+    tokens_per_step: float | None = None,
+    kept_fraction: float = 1.0,
+) -> Workload:
+    """The workload of a run, where None: prompts and responses as long as the config allows, and as many tokens per
+    step as a static or sequential schedule says, else TOKENS_PER_STEP, in blocks of `block_size` tokens.
+
+    Raises ConfigError for what the config rules out.
+    """
+    rollout = config.rollout
+    if tokens_per_step is None:
+        scheduled = strategy_code(rollout.strategy) in (STATIC, SEQUENTIAL)
+        steps = min(rollout.denoising_steps or block_size, block_size)
+        tokens_per_step = block_size / steps if scheduled else min(TOKENS_PER_STEP, block_size)
+    found = Workload(
+        config.task.max_prompt_tokens if prompt_tokens is None else prompt_tokens,
+        rollout.max_tokens if response_tokens is None else response_tokens,
+        tokens_per_step,
+        kept_fraction,
+    )
+    for name, size, limit, key in (
+        ("prompt_tokens", found.prompt_tokens, config.task.max_prompt_tokens, "task.max_prompt_tokens"),
+        ("response_tokens", found.response_tokens, rollout.max_tokens, "rollout.max_tokens"),
+        ("tokens_per_step", found.tokens_per_step, block_size, "the block size"),
+    ):
+        if size > limit:
+            raise ConfigError(f"{name} is {size}, more than {key}, {limit}; give no more than that")
+    return found
+
+
 def sample_traces(workload: Workload, count: int, *, block_size: int, temperature: float, seed: int = 0) -> list[Trace]:
     """Traces of the workload's lengths with random steps; ids and log-probs are zeros."""
     rng = np.random.default_rng(seed)
@@ -39,7 +79,7 @@ def sample_traces(workload: Workload, count: int, *, block_size: int, temperatur
     for index in range(count):
         # Steps are drawn for whole blocks from the start of the block that the prompt ends in.
         steps = random_steps(rng, end - p // block_size * block_size, block_size, workload.tokens_per_step)
-        steps = steps[p % block_size :]
+        steps = np.unique(steps[p % block_size :], return_inverse=True)[1] + 1
         zeros = np.zeros(r, np.float32)
         trace = Trace(
             prompt_ids=np.zeros(p, np.int32), ids=np.zeros(r, np.int32), step_map=steps[:r].astype(np.int32),

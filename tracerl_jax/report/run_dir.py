@@ -34,8 +34,8 @@ CONFIG, METRICS, SAMPLES, SUMMARY, LOCK = "config.json", "metrics.jsonl", "sampl
 # the work is laid out on devices, which leaves the objective as it was.
 CHANGEABLE = (
     "name", "runs_dir", "rl.steps", "sft.steps", "eval.every", "checkpoint.*", "report.*", "sft.log_every",
-    "rl.max_skipped_updates", "mesh.*", "model.remat", "model.attention", "rollout.slots_per_device",
-    "*.rows_per_device",
+    "rl.max_skipped_updates", "mesh.*", "model.remat", "model.attention", "rollout.tensor", "rollout.slots_per_device",
+    "*.rows_per_device", "*.row_length",
 )  # fmt: skip
 
 
@@ -83,6 +83,10 @@ class RunDir:
         self.update_summary({"status": "running"})
         self._running = True
         return changes
+
+    def forget_config(self) -> None:
+        """Make `write_config` take any config: for a folder that holds nothing the old one has brought about."""
+        (self.path / CONFIG).unlink(missing_ok=True)
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         self._append(METRICS, rows)

@@ -29,16 +29,24 @@ log = logging.getLogger(__name__)
 
 def make_learner(run: Run) -> Learner:
     config = run.config
-    updates = config.rl.steps * config.rl.minibatches * config.rl.epochs
     return Learner(
         run.model,
         dataclasses.replace(
             config.rl, normaliser_constant=config.rl.normaliser_constant or config.rollout.max_tokens
         ),
         config.value,
-        make_optimizer(config.rl.optimizer, updates),
-        make_optimizer(config.value.optimizer, updates),
+        make_optimizer(config.rl.optimizer, policy_updates(config)),
+        make_optimizer(config.value.optimizer, value_updates(config)),
     )
+
+
+def policy_updates(config: RunConfig) -> int:
+    """Of the whole run, for the learning rate's schedule."""
+    return config.rl.steps * config.rl.minibatches * config.rl.epochs
+
+
+def value_updates(config: RunConfig) -> int:
+    return config.rl.steps // config.value.train_every * config.rl.minibatches * config.rl.epochs
 
 
 def train_rl(
@@ -87,6 +95,8 @@ def train_rl(
                 with timer("reward"):
                     samples = judge_traces(run, chosen, traces)
                     kept = select(samples, learner.config)
+                if not kept:
+                    guard.check_rollout(traces, f"rl step {step}")
                 engine.update_params(None)  # their memory goes to the updates
                 metrics = experience_metrics(samples, kept, timer.seconds()["seconds/rollout"])
                 metrics |= update(run, learner, kept, step, timer, guard)
@@ -201,7 +211,7 @@ def with_old_logprobs(learner: Learner, replays: list[Replay]) -> tuple[list[Rep
 def policy_metrics(config: RunConfig, results: Sequence[UpdateResult], learner: Learner) -> dict[str, float]:
     means = merge([r.metrics for r in results])
     results, updates = jax.device_get((list(results), learner.policy.updates))
-    schedule = make_schedule(config.rl.optimizer, config.rl.steps * config.rl.minibatches * config.rl.epochs)
+    schedule = make_schedule(config.rl.optimizer, policy_updates(config))
     reference = {"policy/kl_reference": means["kl_loss"]} if config.rl.kl_to == "reference" else {}
     return reference | {
         "policy/loss": float(np.mean([r.loss for r in results])),
@@ -218,7 +228,7 @@ def policy_metrics(config: RunConfig, results: Sequence[UpdateResult], learner: 
 def value_metrics(config: RunConfig, results: Sequence[UpdateResult], learner: Learner) -> dict[str, float]:
     means = merge([r.metrics for r in results])
     results, updates = jax.device_get((list(results), learner.value.updates))
-    schedule = make_schedule(config.value.optimizer, config.rl.steps * config.rl.minibatches * config.rl.epochs)
+    schedule = make_schedule(config.value.optimizer, value_updates(config))
     return {
         "value/loss": means["value_loss"],
         "value/explained_variance": explained_variance(means),

@@ -299,13 +299,15 @@ class Batch:
         return Program(
             model=self.model,
             block_size=self.shape.block_size,
-            fused=self._fused(),
+            fused=self.fused,
             use_noise=any(e.options.temperature > 0 for e in entries),
             use_filters=any(e.options.temperature > 0 and (e.options.top_k or e.options.top_p < 1) for e in entries),
             use_entropy=any(strategy_code(e.options.strategy) == ENTROPY_BOUNDED for e in entries),
         )
 
-    def _fused(self) -> bool:
+    @property
+    def fused(self) -> bool:
+        """Whether a block is committed by the forward of the next one."""
         if self.config.commit != "auto":
             return self.config.commit == "fused"
         return 2 * self.shape.block_size * self.shape.slots // self._shards <= FREE_TOKENS[target_platform()]

@@ -149,6 +149,11 @@ class Engine:
         entries = deque(self._resolve(request, f"request {i}") for i, request in enumerate(requests))
         return batch_for(self.model, self.config, self._banned, entries, None).traced(self.params, entries)
 
+    def commits_fused(self, requests: Iterable[Request]) -> bool:
+        """Whether the engine would commit blocks of these requests by the forward of the next block."""
+        entries = deque(self._resolve(request, f"request {i}") for i, request in enumerate(requests))
+        return batch_for(self.model, self.config, self._banned, entries, None).fused
+
     def _enqueue(self, entry: Entry) -> int:
         entry.number, self._next_number = self._next_number, self._next_number + 1
         self._waiting.append(entry)

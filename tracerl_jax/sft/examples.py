@@ -7,11 +7,13 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from tracerl_jax.config import RunConfig, SFTSection
+from tracerl_jax.data.jsonl import BadRows
 from tracerl_jax.data.prompts import Example, encode_sft
 from tracerl_jax.data.tasks import Task, load_rows
 from tracerl_jax.diffusion.corruption import draw_masks, sample_rng
 from tracerl_jax.diffusion.grid import round_up
 from tracerl_jax.diffusion.replay import ReplayItem, masking_item, trace_item
+from tracerl_jax.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,33 @@ def fill_last_block(example: Example, block_size: int, eos_id: int, stop_ids: Co
         response_ids=np.concatenate([example.response_ids, np.full(missing, eos_id)]).astype(np.int32),
         step_map=np.concatenate([step_map, np.full(missing, step_map.max() + 1)]).astype(np.int32),
     )
+
+
+def drop_long(
+    examples: Sequence[Example], config: SFTSection, *, block_size: int, mask_id: int, on_bad_row: str = "fail"
+) -> list[Example]:
+    """The examples that fit into a packed row whatever is masked; the others are bad rows. Raises DataError for them
+    with on_bad_row="fail", and when none is left."""
+    everything = dataclasses.replace(config, mask_low=1.0, mask_high=1.0)
+    bad, kept = BadRows(on_bad_row), []
+    for example in examples:
+        # No item is larger than this; few examples come near it.
+        if len(example.prompt_ids) + (block_size + 1) * (len(example.response_ids) + block_size) <= config.row_length:
+            kept.append(example)
+            continue
+        (item,) = make_items([example], everything, block_size=block_size, mask_id=mask_id, seed=0, update=0)
+        if item.size <= config.row_length:
+            kept.append(example)
+            continue
+        bad.add(
+            f"{example.source}: prompt and response ({len(example.prompt_ids)} and {len(example.response_ids)} tokens) "
+            f"take up to {item.size} tokens of a training row, sft.row_length is {config.row_length}",
+            f"set sft.row_length to at least {item.size}, or a lower sft.max_response_tokens",
+        )
+    bad.report(len(kept))
+    if not kept:
+        raise DataError(f"none of the {len(examples)} rows can be used: {bad.reasons[0]}")
+    return kept
 
 
 def make_items(

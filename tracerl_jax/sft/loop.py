@@ -1,18 +1,20 @@
 """Supervised training of a block-diffusion model: masked blocks (semi-AR) or replayed decoding orders (trace)."""
 
 import time
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 
 from tracerl_jax.data.iterator import PromptIterator
+from tracerl_jax.data.prompts import Example
 from tracerl_jax.diffusion.packing import pack
 from tracerl_jax.models import Model
 from tracerl_jax.parallel.sharding import row_shards
 from tracerl_jax.report.metrics import DelayedMetrics
 from tracerl_jax.rl.logprobs import packed_logprobs
 from tracerl_jax.rl.objectives import cross_entropy
-from tracerl_jax.sft.examples import fill_last_block, load_examples, make_items
+from tracerl_jax.sft.examples import drop_long, fill_last_block, load_examples, make_items
 from tracerl_jax.training.guard import NonFiniteGuard
 from tracerl_jax.training.interrupt import Interrupted
 from tracerl_jax.training.optimizer import make_optimizer, make_schedule
@@ -27,14 +29,28 @@ def sft_objective(model: Model, params, batch):
     return cross_entropy(logp, rows.target_weight)
 
 
-def train_sft(run: Run, progress: Progress, state: TrainState) -> tuple[Progress, TrainState]:
-    """The updates from `progress.sft_step` to `sft.steps`; `state` is donated."""
-    config, model = run.config.sft, run.model
-    block_size = run.config.rollout.block_size or model.config.block_size
+def prepare_examples(run: Run) -> list[Example]:
+    """What the warm-up trains on. Raises DataError for bad rows, before anything is trained."""
+    model, block_size = run.model.config, _block_size(run)
     examples = [
-        fill_last_block(example, block_size, model.config.eos_token_id, model.config.stop_token_ids)
+        fill_last_block(example, block_size, model.eos_token_id, model.stop_token_ids)
         for example in load_examples(run.task, run.tokenizer, run.config)
     ]
+    return drop_long(
+        examples, run.config.sft, block_size=block_size, mask_id=model.mask_token_id,
+        on_bad_row=run.config.task.on_bad_row,
+    )  # fmt: skip
+
+
+def _block_size(run: Run) -> int:
+    return run.config.rollout.block_size or run.model.config.block_size
+
+
+def train_sft(
+    run: Run, progress: Progress, state: TrainState, examples: Sequence[Example]
+) -> tuple[Progress, TrainState]:
+    """The updates from `progress.sft_step` to `sft.steps` on `prepare_examples`; `state` is donated."""
+    config, model, block_size = run.config.sft, run.model, _block_size(run)
     iterator = PromptIterator(len(examples), run.config.seed)
     if progress.data is not None:
         iterator.restore(progress.data)

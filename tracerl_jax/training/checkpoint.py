@@ -93,9 +93,9 @@ class Checkpointer:
         """
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            checksums = self._read_seal(step)
+            checksums = _read_seal(self._seal_path(step))
             try:
-                problem = self._verify(step, checksums)
+                problem = _verify(self._folder / str(step), checksums)
                 restored = (step, *self._read(step, abstract)) if problem is None else None
             except UserError:
                 raise
@@ -176,20 +176,6 @@ class Checkpointer:
             if not (self._folder / path.stem).exists():
                 path.unlink(missing_ok=True)
 
-    def _read_seal(self, step: int) -> dict[str, list[int]] | None:
-        try:
-            return json.loads(self._seal_path(step).read_text())
-        except (FileNotFoundError, ValueError):
-            return None
-
-    def _verify(self, step: int, expected: dict[str, list[int]] | None) -> str | None:
-        """What is wrong with a step folder, or None. A folder without checksums is only checked by reading it."""
-        if expected is None:
-            return None
-        found = _checksums(self._folder / str(step))
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        return f"{len(wrong)} files differ from their checksums, the first is {wrong[0]}" if wrong else None
-
     def wait(self) -> None:
         """Block until everything is on disk and has its checksums."""
         with disk_errors(self._folder):
@@ -228,7 +214,8 @@ class _EveryRLStep:
 def load_params(path: str | os.PathLike, abstract: Any, step: int | None = None) -> Any:
     """The policy parameters alone, from a run folder or its `checkpoints` folder (default: the newest step).
 
-    `abstract` is a tree of ShapeDtypeStruct, with shardings if wanted. Raises CheckpointError.
+    `abstract` is a tree of ShapeDtypeStruct, with shardings if wanted. Raises CheckpointError, also for parameters that
+    differ from their checksums.
     """
     folder = Path(path).absolute()
     folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
@@ -237,7 +224,14 @@ def load_params(path: str | os.PathLike, abstract: Any, step: int | None = None)
         raise CheckpointError(f"{folder}: no checkpoint with an item `params`; give a run folder (runs/<name>)")
     if step is not None and step not in steps:
         raise CheckpointError(f"{folder}: no step {step}; there are {steps}")
-    chosen = folder / str(steps[-1] if step is None else step) / "params"
+    step = steps[-1] if step is None else step
+    chosen = folder / str(step) / "params"
+    checksums = _read_seal(folder.parent / "checksums" / f"{step}.json")
+    problem = _verify(chosen, None if checksums is None else _below("params/", checksums))
+    if problem:
+        others = [other for other in steps if other != step]
+        remedy = f"take another step, there are {others}" if others else "restore it from a copy"
+        raise CheckpointError(f"{chosen}: damaged ({problem}): {remedy}")
     try:
         return ocp.StandardCheckpointer().restore(chosen, abstract)
     except (ValueError, KeyError, OSError) as error:
@@ -247,6 +241,27 @@ def load_params(path: str | os.PathLike, abstract: Any, step: int | None = None)
 def abstract_like(tree: Any) -> Any:
     """Shapes, dtypes and shardings of a tree of arrays."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def _read_seal(path: Path) -> dict[str, list[int]] | None:
+    """The checksums of a step; None when they were not written, or not to the end."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _below(prefix: str, checksums: dict[str, list[int]]) -> dict[str, list[int]]:
+    return {name.removeprefix(prefix): sums for name, sums in checksums.items() if name.startswith(prefix)}
+
+
+def _verify(folder: Path, expected: dict[str, list[int]] | None) -> str | None:
+    """What is wrong with a folder, or None. A folder without checksums is only checked by reading it."""
+    if expected is None:
+        return None
+    found = _checksums(folder)
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    return f"{len(wrong)} files differ from their checksums, the first is {wrong[0]}" if wrong else None
 
 
 def _checksums(folder: Path) -> dict[str, list[int]]:

@@ -1,5 +1,7 @@
 """Ctrl-C and SIGTERM: finish what must not be torn, save, leave."""
 
+import contextlib
+import os
 import signal
 from types import FrameType
 
@@ -38,4 +40,7 @@ class StopSignal:
         if self._requested:
             raise KeyboardInterrupt(f"second {name}")
         self._requested = name
-        print(f"\n{name}: finishing the current phase and saving (once more stops at once)", flush=True)
+        # Not `print`: the signal may have come in the middle of one, and a buffered file refuses a second writer.
+        with contextlib.suppress(OSError):
+            text = f"\n{name}: finishing the current phase and saving (once more stops at once)\n"
+            os.write(2, text.encode())

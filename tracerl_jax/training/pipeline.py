@@ -16,7 +16,7 @@ from tracerl_jax.report.run_dir import METRICS, SUMMARY, read_json, read_jsonl
 from tracerl_jax.rl.loop import make_learner, train_rl
 from tracerl_jax.rl.update import Learner
 from tracerl_jax.rollout.engine import Engine
-from tracerl_jax.sft.loop import train_sft
+from tracerl_jax.sft.loop import prepare_examples, train_sft
 from tracerl_jax.training.checkpoint import abstract_like, disk_errors
 from tracerl_jax.training.optimizer import make_optimizer
 from tracerl_jax.training.run import Progress, Run
@@ -38,6 +38,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         progress, trees = _restore(run, learner, sft_optimizer)
         if progress.phase == "sft":
             progress, params = _supervised(run, progress, trees, sft_optimizer)
+            trees = None  # the warm-up's optimizer state, which RL has no room for
             progress = Progress("rl", progress.sft_step)
             learner.start(params, _value_start(run, learner, params))
             _keep_reference(run, learner)
@@ -107,6 +108,8 @@ def _restore(run: Run, learner: Learner, sft_optimizer) -> tuple[Progress, dict[
 
 def _supervised(run: Run, progress: Progress, trees: dict[str, Any] | None, optimizer) -> tuple[Progress, Any]:
     """Progress and parameters after the warm-up."""
+    # Before anything else: a bad row is found now, not after the evaluation.
+    examples = prepare_examples(run) if progress.sft_step < run.config.sft.steps else []
     if trees is not None:
         state = trees["train"]._replace(params=trees["params"])
     else:
@@ -116,7 +119,8 @@ def _supervised(run: Run, progress: Progress, trees: dict[str, Any] | None, opti
         if not run.config.rl.steps:
             _evaluate_supervised(run, params, 0, "before")
         state: TrainState = init_state(params, optimizer)
-    progress, state = train_sft(run, progress, state)
+    if examples:
+        progress, state = train_sft(run, progress, state, examples)
     return progress, state.params
 
 

@@ -39,7 +39,7 @@ from tracerl_jax.models import PRESETS, Model
 from tracerl_jax.parallel.mesh import make_mesh
 from tracerl_jax.parallel.sharding import row_shards
 from tracerl_jax.report.metrics import MetricLog, open_log
-from tracerl_jax.report.run_dir import RunDir
+from tracerl_jax.report.run_dir import METRICS, SAMPLES, RunDir
 from tracerl_jax.rollout.engine import Engine, EngineConfig
 from tracerl_jax.rollout.options import SamplingOptions
 from tracerl_jax.rollout.weights import rollout_model
@@ -76,6 +76,8 @@ class Run:
         self._exit = contextlib.ExitStack()
         self.folder = self._exit.enter_context(RunDir(self.path))
         try:
+            if self.folder.config and self._is_untouched():
+                self.folder.forget_config()
             if self.folder.config:
                 self.folder.write_config(config_io.to_dict(config))
             self.task = self._load_task()
@@ -85,6 +87,7 @@ class Run:
             # Bad rows are found now, not after hours of warm-up.
             self.train_problems = self._problems(self.task.train) if config.rl.steps else []
             self.test_problems = self._problems(self.task.test) if self.task.test else []
+            self._check_lengths()
             # A new run folder is tied to its config only now: what failed above may be mended under the same name.
             self.folder.write_config(config_io.to_dict(config))
             self.checkpointer = Checkpointer(self.path, config.checkpoint)
@@ -99,6 +102,29 @@ class Run:
 
     def __exit__(self, *error) -> bool | None:
         return self._exit.__exit__(*error)
+
+    def _is_untouched(self) -> bool:
+        """Whether the run failed before its first row and checkpoint, because of its weights say: nothing in the folder
+        depends on its config yet."""
+        rows = [self.path / name for name in (METRICS, SAMPLES)]
+        saved = [*self.path.glob("checkpoints/*"), *self.path.glob("damaged-checkpoint-*")]
+        return not saved and not any(path.exists() and path.stat().st_size for path in rows)
+
+    def _check_lengths(self) -> None:
+        """Raises ConfigError when a prompt and what may be decoded behind it are longer than the model allows."""
+        config, model = self.config, self.model.config
+        block_size = config.rollout.block_size or model.block_size
+        for key, limit, problems in (
+            ("rollout.max_tokens", config.rollout.max_tokens, self.train_problems),
+            ("eval.max_tokens", config.eval.max_tokens or config.rollout.max_tokens, self.test_problems),
+        ):
+            longest = max((len(problem.prompt_ids) for problem in problems), default=0)
+            end = round_up(longest + limit, block_size)
+            if problems and end > model.max_positions:
+                raise ConfigError(
+                    f"{key} is {limit}: behind the longest prompt ({longest} tokens) a response may reach position "
+                    f"{end}, but the model ends at {model.max_positions}; lower it, or task.max_prompt_tokens"
+                )
 
     def _load_task(self) -> Task:
         section = self.config.task

@@ -1,0 +1,117 @@
+"""Which preset fits which chips: runs `tracerl plan` for every row below and writes docs/presets.md.
+
+    python benchmarks/presets.py                      every row; about an hour on two cores
+    python benchmarks/presets.py rl_sdar_8b_math      only rows of this config; the others keep what was found before
+
+What was found is kept in build/plans/, one JSON file a row, so the command goes on where it was interrupted; delete a
+file to compile its row again. A row is compiled once, with the value model: without it a run compiles the same programs
+less those of the value model, and less stays on the chips.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PLANS = ROOT / "build" / "plans"
+PAGE = ROOT / "docs" / "presets.md"
+GIB = 2**30
+
+# (config, topology, overrides), the smallest topologies of a config first.
+ROWS = [
+    ("rl_sdar_1_7b_math", "h100:1", ("rollout.slots_per_device=32",)),
+    ("rl_sdar_1_7b_math", "v5p:2x2x1", ()),
+    ("rl_sdar_1_7b_math", "v6e:4x4", ("rollout.slots_per_device=32",)),
+    ("rl_sdar_4b_math", "v5p:2x2x1", ()),
+    ("rl_sdar_4b_math", "h100:8", ()),
+    ("rl_sdar_4b_math", "v5p:4x4x4", ()),
+    ("rl_sdar_8b_math", "v5p:2x2x2", ()),
+    ("rl_sdar_8b_math", "h100:16", ()),
+    ("rl_sdar_8b_math", "v5p:4x4x4", ()),
+    ("rl_sdar_30b_a3b_math", "v5p:4x4x4", ()),
+    ("rl_sdar_30b_a3b_math", "h100:64", ()),
+]
+
+INTRODUCTION = """# What fits where
+
+Written by `python benchmarks/presets.py` from the figures of the real TPU and CUDA compilers (`tracerl plan`); nothing
+here has run on an accelerator. Memory is the peak of a chip over all programs of an RL step, everything that stays on it
+included. Times are lower bounds: what the chip's peak FLOPs, HBM and links allow if nothing else costs anything. Prompts
+of {prompt_tokens} and responses of {response_tokens} tokens, the longest that the configs allow, {tokens_per_step} tokens
+per denoise step, all responses kept: a real step, with shorter responses, is cheaper.
+
+TraDo 4B and 8B have the shapes of SDAR 4B and 8B. A v5p-64 slice of Google Cloud, which counts cores, has 32 chips.
+"""
+
+
+def plan(config: str, topology: str, overrides: tuple[str, ...]) -> dict:
+    """`tracerl plan --json` of a row with the value model, from build/plans/ if it is there."""
+    kept = PLANS / f"{config}@{'_'.join([topology.replace(':', '-'), *overrides])}.json"
+    if not kept.exists():
+        command = [sys.executable, "-m", "tracerl_jax", "plan", "--json", f"--config={config}:value",
+                   f"--topology={topology}", *(f"--config.{override}" for override in overrides)]  # fmt: skip
+        print(*command[2:], flush=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode not in (0, 1):  # 1: it does not fit
+            sys.exit(done.returncode)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(done.stdout)
+    return json.loads(kept.read_text())
+
+
+def without_value(found: dict) -> dict:
+    """The plan of the same run without value model."""
+    removed = sum(size for name, size in found["resident_bytes"].items() if name.startswith("value"))
+    programs = [
+        {**program, "peak_bytes": program["peak_bytes"] - removed}
+        for program in found["programs"]
+        if not program["name"].startswith("value")
+    ]
+    return {**found, "programs": programs}
+
+
+def row(config: str, found: dict, overrides: tuple[str, ...]) -> str:
+    programs = found["programs"]
+    peak = max(programs, key=lambda program: program["peak_bytes"])
+    fits = peak["peak_bytes"] <= found["hbm_bytes"] and not any(program["overflow"] for program in programs)
+    mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1) or "one chip"
+    cells = [
+        f"`{config}`" + "".join(f"<br>`--config.{override}`" for override in overrides),
+        f"{found['topology']} ({found['chips']})",
+        mesh,
+        f"{peak['peak_bytes'] / GIB:.0f} of {found['hbm_bytes'] / GIB:.0f} ({peak['name']})",
+        "yes" if fits else "**no**",
+    ]
+    if any(program["overflow"] for program in programs):
+        return _line([*cells, "-", "-", "-"])
+    seconds = {program["name"]: program["runs_per_step"] * program["seconds"] for program in programs}
+    rollout = sum(seconds[name] for name in seconds if name in ("sync", "prefill", "decode"))
+    total = sum(seconds.values())
+    cells += [f"{rollout:.0f}", f"{total - rollout:.0f}", f"{found['response_tokens'] / total / found['chips']:,.0f}"]
+    return _line(cells)
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", choices=sorted({config for config, *_ in ROWS}))
+    only = parser.parse_args().config
+    if only:
+        for path in PLANS.glob(f"{only}@*.json"):
+            path.unlink()
+    lines = [_line(["config", "topology (chips)", "mesh", "peak GiB per chip", "fits", "rollout s", "update s",
+                    "tokens/s per chip"]), _line(["---"] * 8)]  # fmt: skip
+    for config, topology, overrides in ROWS:
+        found = plan(config, topology, overrides)
+        lines += [row(config, without_value(found), overrides), row(f"{config}:value", found, overrides)]
+        PAGE.write_text(INTRODUCTION.format(**found["workload"]) + "\n" + "\n".join(lines) + "\n")
+    print(f"wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
