@@ -4,15 +4,15 @@
     python benchmarks/rollout.py --size small       8 layers of width 512, vocabulary 32,000; slots 1 and 16
     python benchmarks/rollout.py --json
 
-(a)  a loop of the host, one request at a time: a jitted forward, what it says fetched, reveals chosen in numpy, a commit
-     forward for every block
+(a)  a loop of the host, one request at a time: a jitted forward, what it says fetched, reveals chosen in numpy, a
+     commit forward for every block
 (b)  the same, requests in batches that end with their longest
 (c)  the engine, with a separate and with a fused commit
 
-Every way decodes the same requests by the same rule (static, greedy unless --threshold is given) with random weights, is
-warmed up by one whole run, and is then run `--repeats` times in turn; medians. Reported besides tokens/s: tokens per
-forward of a sequence, forwards per block, the share of the time in which the host and not the device worked, programs
-compiled after the warm-up, and how near a forward of the engine is to reading weights and cache once at the bandwidth
+Every way decodes the same requests by the same rule (static, or dynamic with --threshold; greedy) with random weights,
+is warmed up by one whole run, and is then run `--repeats` times in turn; medians. Reported besides tokens/s: tokens per
+forward of a sequence, forwards per block, the share of the time that the host took to choose reveals, programs compiled
+after the warm-up, and how near the engine is to reading the weights once a forward, and nothing else, at the bandwidth
 measured here (a copy of an array of 256 MiB).
 """
 
@@ -45,11 +45,12 @@ RUNS = {"tiny": [(32, 32, 128)], "small": [(2, 1, 64), (32, 16, 64)]}
 
 def draw_requests(count: int, longest: int, vocab: int, threshold: float | None) -> list[Request]:
     rng = np.random.default_rng(0)
-    strategy = {"strategy": "static"} if threshold is None else {"strategy": "dynamic", "threshold": threshold}
+    how = {"strategy": "static"} if threshold is None else {"strategy": "dynamic", "threshold": threshold}
+    how |= {"temperature": 0.0, "ignore_eos": True}
     return [
         Request(
             rng.integers(0, vocab - 1, rng.integers(5, 61)).tolist(),
-            SamplingOptions(**strategy, temperature=0.0, max_tokens=int(rng.integers(16, longest + 1)), ignore_eos=True),
+            SamplingOptions(max_tokens=int(rng.integers(16, longest + 1)), **how),
         )
         for _ in range(count)
     ]
@@ -206,7 +207,8 @@ def main() -> None:
     if args.json:
         print(json.dumps(rows, indent=2))
         return
-    heads = ("slots", "way", "tokens/s", "over (b)", "tokens/forward", "forwards/block", "bandwidth", "host", "compiled")
+    heads = ("slots", "way", "tokens/s", "over (b)", "tokens/forward", "forwards/block", "bandwidth", "host",
+             "compiled")  # fmt: skip
     print("".join(f"{head:>16}" for head in heads))
     for row in rows:
         cells = [row["slots"], row["way"], f"{row['tokens_per_second']:.0f}", f"{row['speedup_over_b']:.2f}"]

@@ -48,8 +48,8 @@ def chunked_sample_tokens(
     width: int | None = None,
     group: int | None = None,
 ) -> Draws:
-    """See `sample_tokens`. For tuning and tests: `width`, vocabulary columns of a window; `group`, wanted positions that
-    go through the head together."""
+    """See `sample_tokens`. For tuning and tests: `width`, vocabulary columns of a window; `group`, wanted positions
+    that go through the head together."""
     run = partial(_local_draws, width, group, kernel.shape[1], keys is not None, use_entropy)
     words = jnp.zeros((len(hidden), 2), jnp.uint32) if keys is None else jax.random.key_data(keys)
     operands = (_HIDDEN, _KERNEL, ("batch", None), ("vocab",), _ROWS, _ROWS)

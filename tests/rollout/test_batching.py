@@ -131,7 +131,8 @@ def test_a_closed_stream_cancels_the_rest():
 
 
 def test_other_block_sizes_wait_for_their_turn(expected):
-    other = [Request([9] * 11, SamplingOptions("dynamic", threshold=0.2, max_tokens=7, block_size=3), i) for i in (0, 1)]
+    options = SamplingOptions("dynamic", threshold=0.2, max_tokens=7, block_size=3)
+    other = [Request([9] * 11, options, i) for i in (0, 1)]
     engine = make_engine(3)
     mixed = list(engine.generate([*REQUESTS[:4], *other, *REQUESTS[4:8]]))
     for trace, want in zip([*mixed[:4], *mixed[6:]], expected[:8], strict=True):
@@ -194,7 +195,7 @@ def test_bad_configs_are_named(field, value):
 
 
 def test_what_can_never_fit_is_refused_at_once():
-    with pytest.raises(DataError, match="request: prompt of 16 tokens .* max_length is 48"):
+    with pytest.raises(DataError, match=r"request: prompt of 16 tokens .* max_length is 48"):
         make_engine().submit(Request(STEM, SamplingOptions(max_tokens=40)))
     with pytest.raises(DataError, match="the cache has 3 pages of 8 tokens"):
         make_engine(pages=3).submit(Request(STEM, SamplingOptions(max_tokens=8)))

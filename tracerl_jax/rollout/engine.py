@@ -126,7 +126,8 @@ class Engine:
         """Fill free slots, decode one chunk, and return what finished, by request number."""
         if not self.busy:
             return {}
-        if self._batch is None or (self._batch.running == 0 and (self._reshape or not self._batch.fits(self._waiting[0]))):
+        present = self._batch
+        if present is None or (not present.running and (self._reshape or not present.fits(self._waiting[0]))):
             self._batch = batch_for(self.model, self.config, self._banned, self._waiting, self._batch)
             self._reshape = False
         self._batch.admit(self.params, self._waiting)
