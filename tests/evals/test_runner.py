@@ -19,7 +19,7 @@ from tracerl_jax.models import Model, ModelConfig
 
 
 class ScriptedEngine:
-    """Answers request i with `answers[i]`: (text ids, denoise forwards, stop reason)."""
+    """Answers request i with `answers[i]`: (text ids, denoise forwards, stop reason); a commit per further block."""
 
     def __init__(self, answers):
         self.answers = answers
@@ -42,6 +42,7 @@ class ScriptedEngine:
                 denoise_forwards=forwards,
                 stop_reason=stop,
                 sample_index=request.sample_index,
+                forwards=forwards + (len(ids) - 1) // 4,
             )
 
 

@@ -13,7 +13,7 @@ from tracerl_jax.plan.topology import compile_devices, missing_compiler, parse_t
 from tracerl_jax.rollout.engine import Engine, EngineConfig, Request, SamplingOptions
 from tracerl_jax.rollout.weights import abstract_rollout_params
 
-ROWS, LENGTH, PAGE = 32, 16384, 128
+ROWS, LENGTH, PAGE = 256, 16384, 128
 CONFIG = ModelConfig(vocab_size=256, width=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=128, mlp_width=64,
                      mask_token_id=255, eos_token_id=1, pad_token_id=1, stop_token_ids=(1,), block_size=4,
                      dtype="bfloat16")  # fmt: skip
