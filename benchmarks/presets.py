@@ -37,10 +37,10 @@ ROWS = [
 INTRODUCTION = """# What fits where
 
 Written by `python benchmarks/presets.py` from the figures of the real TPU and CUDA compilers (`tracerl plan`); nothing
-here has run on an accelerator. Memory is the peak of a chip over all programs of an RL step, everything that stays on it
-included. Times are lower bounds: what the chip's peak FLOPs, HBM and links allow if nothing else costs anything. Prompts
-of {prompt_tokens} and responses of {response_tokens} tokens, the longest that the configs allow, {tokens_per_step} tokens
-per denoise step, all responses kept: a real step, with shorter responses, is cheaper.
+here has run on an accelerator. Memory is the peak of a chip over all programs of an RL step, everything that stays on
+it included. Times are lower bounds: what the chip's peak FLOPs, HBM and links allow if nothing else costs anything.
+Prompts of {prompt_tokens} and responses of {response_tokens} tokens, the longest that the configs allow,
+{tokens_per_step} tokens per denoise step, all responses kept: a real step, with shorter responses, is cheaper.
 
 TraDo 4B and 8B have the shapes of SDAR 4B and 8B. A v5p-64 slice of Google Cloud, which counts cores, has 32 chips.
 """

@@ -32,6 +32,8 @@ COLUMNS = (  # heading, key of the summary, format
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from tracerl_jax.rollout.options import COMMITS
+
     flag = parser.add_argument
     flag("--model", required=True, metavar="DIR", help="Hugging Face folder with weights and tokenizer")
     flag("--task", required=True, help="arithmetic, gsm8k, math, math500 or jsonl")
@@ -47,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--threshold", type=float, default=0.9, help="of dynamic (default: %(default)s)")
     flag("--temperature", type=float, default=1.0, help="of dynamic (default: %(default)s)")
     flag("--seed", type=int, default=0, help="of dynamic (default: %(default)s)")
-    flag("--batch_size", type=int, default=64, help="sequences decoded together (default: %(default)s)")
+    flag("--slots", type=int, default=64, help="sequences decoded together (default: %(default)s)")
+    flag("--commit", choices=COMMITS, default="auto", help="of finished blocks (default: %(default)s)")
     flag("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and compute")
     flag("--on_bad_row", choices=("fail", "skip"), default="fail", help="unusable rows (default: %(default)s)")
     flag("--output", metavar="OUT.json", help='{"dynamic": {"accuracy": .., "tokens_per_step": .., "n": ..}, ..}')
@@ -63,9 +66,9 @@ def run(args: argparse.Namespace) -> int:
     from tracerl_jax.interop.hf_load import load_hf
     from tracerl_jax.interop.tokenizer import decode, load_tokenizer, valid_vocab
     from tracerl_jax.parallel.mesh import make_mesh
-    from tracerl_jax.rollout.engine import Engine
+    from tracerl_jax.rollout.engine import Engine, EngineConfig
 
-    _require_positive(args, "limit", "samples", "max_tokens", "max_prompt_tokens", "batch_size")
+    _require_positive(args, "limit", "samples", "max_tokens", "max_prompt_tokens", "slots")
     strategies = {
         name: protocol(
             name, max_tokens=args.max_tokens, block_size=args.block_size, threshold=args.threshold,
@@ -87,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         args.model, mesh=make_mesh(), dtype=args.dtype, overrides={"dtype": args.dtype}
     )
     valid = valid_vocab(tokenizer, model.config.vocab_size)
-    engine = Engine(model, params, batch_size=args.batch_size, valid_vocab=valid)
+    engine = Engine(model, params, EngineConfig(args.slots, commit=args.commit, valid_vocab=valid))
 
     results, records = {}, []
     for name, options in strategies.items():

@@ -25,7 +25,7 @@ EPILOG = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from tracerl_jax.diffusion.reveal import STRATEGIES
-    from tracerl_jax.rollout.options import CONFIDENCES, SamplingOptions
+    from tracerl_jax.rollout.options import COMMITS, CONFIDENCES, SamplingOptions
 
     flag = parser.add_argument
     flag("--model", required=True, metavar="DIR", help="Hugging Face folder")
@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--output", required=True, metavar="OUT.jsonl", help="appears when all rows are done")
     flag("--num_samples", type=int, default=1, metavar="K", help="completions per prompt, as consecutive rows")
     flag("--raw", action="store_true", help="tokenize `prompt` as it is, without the chat template")
-    flag("--batch_size", type=int, default=64, help="sequences decoded together (default: %(default)s)")
+    flag("--slots", type=int, default=64, help="sequences decoded together (default: %(default)s)")
+    flag("--commit", choices=COMMITS, default="auto", help="of finished blocks (default: %(default)s)")
     flag("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and compute")
     flag("--on_bad_row", choices=("fail", "skip"), default="fail", help="unusable rows (default: %(default)s)")
 
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from tracerl_jax.interop.hf_load import load_hf
     from tracerl_jax.interop.tokenizer import decode, load_tokenizer, valid_vocab
     from tracerl_jax.parallel.mesh import make_mesh
-    from tracerl_jax.rollout.engine import Engine
+    from tracerl_jax.rollout.engine import Engine, EngineConfig
 
     if args.num_samples < 1:
         raise ConfigError(f"--num_samples is {args.num_samples}; it must be at least 1")
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.model)
     model, params = load_hf(args.model, mesh=make_mesh(), dtype=args.dtype, overrides={"dtype": args.dtype})
     valid = valid_vocab(tokenizer, model.config.vocab_size)
-    engine = Engine(model, params, batch_size=args.batch_size, valid_vocab=valid)
+    engine = Engine(model, params, EngineConfig(args.slots, commit=args.commit, valid_vocab=valid))
     lines, requests = _read(args, defaults, engine, tokenizer)
 
     traces = []

@@ -57,6 +57,7 @@ def sample_tokens(
     keys: jax.Array | None,  # [N] threefry keys; None: no row samples
     banned: jax.Array,  # [V] bool, at least one id allowed
     temperature: jax.Array,  # [N] f32, 0 = greedy
+    wanted: jax.Array | None = None,  # [N, Q] bool; None: all
     *,
     use_entropy: bool = True,
     mesh: Mesh | None = None,
@@ -66,7 +67,8 @@ def sample_tokens(
 
     A greedy row takes the argmax (ties: lowest id) and its probabilities are those of temperature 1. The noise is
     `jax.random.gumbel(keys[n], (Q, V))`, made where it is needed: neither windows nor a mesh change what is drawn.
-    Logits and softmax in fp32, the product in hidden's dtype; without `use_entropy` the entropies are zeros.
+    Logits and softmax in fp32, the product in hidden's dtype; without `use_entropy` the entropies are zeros. Positions
+    that are not `wanted` cost no products where enough others do; what is drawn there means nothing.
 
     `mesh` and `implementation` as for `token_logprobs`; raises ValueError likewise.
     """
@@ -79,11 +81,13 @@ def sample_tokens(
         raise ValueError(f"{op}: banned is {banned.dtype} {banned.shape}, not bool {kernel.shape[1:]}")
     if temperature.shape != rows:
         raise ValueError(f"{op}: temperature {temperature.shape} is not {rows}, one for every row")
+    if wanted is not None and (wanted.shape, wanted.dtype) != (hidden.shape[:2], jnp.bool_):
+        raise ValueError(f"{op}: wanted is {wanted.dtype} {wanted.shape}, not bool {hidden.shape[:2]}")
     if keys is not None and (keys.shape != rows or str(jax.random.key_impl(keys)) != "threefry2x32"):
         raise ValueError(f"{op}: keys are {keys.dtype} {keys.shape}, not threefry2x32 keys {rows}")
     check_mesh(op, mesh, len(hidden), kernel)
     run = select(op, SAMPLE_IMPLEMENTATIONS, implementation or "chunked")
-    return run(hidden, kernel, keys, banned, temperature, use_entropy=use_entropy, mesh=mesh)
+    return run(hidden, kernel, keys, banned, temperature, wanted, use_entropy=use_entropy, mesh=mesh)
 
 
 def _check_dtypes(op: str, hidden: jax.Array, kernel: jax.Array) -> None:

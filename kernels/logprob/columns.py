@@ -59,6 +59,10 @@ class Split:
     def sum(self, x: jax.Array) -> jax.Array:
         return lax.psum(x, self.vocab) if self.vocab else x
 
+    def most(self, count: jax.Array) -> jax.Array:
+        """Of the devices that gather their columns together and so must go through them equally often."""
+        return lax.pmax(count, self.width) if self.width else count
+
     def first_id(self, V: int) -> jax.Array | int:
         """Vocabulary id of the first of this device's V columns."""
         return lax.axis_index(self.vocab) * V if self.vocab else 0

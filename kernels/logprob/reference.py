@@ -27,6 +27,7 @@ def reference_sample_tokens(
     keys: jax.Array | None,  # [N]
     banned: jax.Array,  # [V] bool
     temperature: jax.Array,  # [N] f32
+    wanted: jax.Array | None = None,
     *,
     use_entropy: bool,
     mesh: Mesh | None = None,

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from tracerl_jax.models import Model, ModelConfig
-from tracerl_jax.rollout.engine import Engine, Request, SamplingOptions
+from tracerl_jax.rollout.engine import Engine, EngineConfig, Request, SamplingOptions
 
 B, VOCAB, MASK = 4, 5, 4
 PROMPT = (2, 0, 1, 3, 0)  # one complete block and a tail that opens the block under test
@@ -103,7 +103,7 @@ CASES = [
 def test_frequencies_match_the_exact_distribution(params):
     """Chi-square over (ids, step map) of each strategy, all in one batch; a correct sampler fails once in 2500 runs."""
     requests = [Request(PROMPT, options, i) for options in CASES for i in range(ROWS)]
-    traces = list(Engine(MODEL, params, batch_size=len(requests)).generate(requests))
+    traces = list(Engine(MODEL, params, EngineConfig(len(requests))).generate(requests))
     for case, options in enumerate(CASES):
         expected = exact_outcomes(params, options)
         assert abs(sum(expected.values()) - 1) < 1e-9

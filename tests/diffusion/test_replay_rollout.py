@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tracerl_jax.models import Model, ModelConfig
 from tracerl_jax.rl.logprobs import score_traces
-from tracerl_jax.rollout.engine import Engine, Request, SamplingOptions
+from tracerl_jax.rollout.engine import Engine, EngineConfig, Request, SamplingOptions
 
 V, MASK, STOPS = 24, 22, (3, 4)
 MODEL = Model(
@@ -50,7 +50,7 @@ def test_replayed_logprobs_are_the_samplers(seed, block_size, options, prompt_le
         Request(rng.integers(0, MASK, p), SamplingOptions(**vars(o) | {"block_size": block_size}), i)
         for i, (o, p) in enumerate(zip(options, prompt_lens, strict=True))
     ]
-    traces = list(Engine(MODEL, params, batch_size=BATCH).generate(requests))
+    traces = list(Engine(MODEL, params, EngineConfig(BATCH)).generate(requests))
     scores = score_traces(MODEL, params, traces, row_length=(256, 1024), tokens_per_batch=1024)
     assert len(traces) == BATCH
     for trace, score in zip(traces, scores, strict=True):
@@ -62,7 +62,7 @@ def test_tails_matter():
     params = MODEL.init(jax.random.key(0))
     options = SamplingOptions(max_tokens=9, block_size=4, strategy="static")
     requests = [Request([1, 2, 5], options, i) for i in range(BATCH)]
-    traces = list(Engine(MODEL, params, batch_size=BATCH).generate(requests))
+    traces = list(Engine(MODEL, params, EngineConfig(BATCH)).generate(requests))
     assert {trace.stop_reason for trace in traces} == {"stop", "length"}
     assert sum(len(trace.tail_ids) > 0 for trace in traces) > 3
     none = np.zeros(0, np.int32)

@@ -22,6 +22,7 @@ ROW = {
     "denoise_forwards": 4,
     "stop_reason": "stop",
     "sample_index": 2,
+    "forwards": 5,
 }
 
 
@@ -89,7 +90,7 @@ def test_tokens_per_denoise_step():
     two = Trace.from_row(ROW | {"ids": [1] * 7, "step_map": [1] * 7, "logprobs": None, "behaviour_logprobs": None})
     assert tokens_per_denoise_step([one, two]) == 10 / 8
     assert tokens_per_denoise_step([]) == tokens_per_forward([]) == 0.0
-    assert tokens_per_forward([one]) == 3 / (4 + 1)  # blocks [5 6 7 | 1] and [2 3 4 4]: one commit
+    assert tokens_per_forward([one]) == 3 / 5
 
 
 def test_grid():

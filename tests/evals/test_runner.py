@@ -19,7 +19,7 @@ from tracerl_jax.models import Model, ModelConfig
 
 
 class ScriptedEngine:
-    """Answers request i with `answers[i]`: (text ids, denoise forwards, stop reason)."""
+    """Answers request i with `answers[i]`: (text ids, denoise forwards, stop reason); a commit per further block."""
 
     def __init__(self, answers):
         self.answers = answers
@@ -42,6 +42,7 @@ class ScriptedEngine:
                 denoise_forwards=forwards,
                 stop_reason=stop,
                 sample_index=request.sample_index,
+                forwards=forwards + (len(ids) - 1) // 4,
             )
 
 
@@ -139,7 +140,7 @@ def model_folder(tmp_path_factory):
 def test_command(model_folder, tmp_path, capsys):
     output, samples = tmp_path / "out.json", tmp_path / "samples.jsonl"
     arguments = ["eval", "--model", str(model_folder), "--task", "arithmetic", "--options", "digits=1,max_operands=4",
-                 "--limit", "6", "--samples", "2", "--max_tokens", "8", "--batch_size", "8",
+                 "--limit", "6", "--samples", "2", "--max_tokens", "8", "--slots", "8",
                  "--output", str(output), "--samples_output", str(samples)]  # fmt: skip
     assert main(arguments) == 0
     results = json.loads(output.read_text())

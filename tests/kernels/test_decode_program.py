@@ -10,10 +10,10 @@ import pytest
 from tracerl_jax.models import Model, ModelConfig
 from tracerl_jax.parallel.mesh import make_mesh
 from tracerl_jax.plan.topology import compile_devices, missing_compiler, parse_topology
-from tracerl_jax.rollout.engine import Engine, Request, SamplingOptions
+from tracerl_jax.rollout.engine import Engine, EngineConfig, Request, SamplingOptions
 from tracerl_jax.rollout.weights import abstract_rollout_params
 
-ROWS, LENGTH = 32, 16384
+ROWS, LENGTH, PAGE = 256, 16384, 128
 CONFIG = ModelConfig(vocab_size=256, width=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=128, mlp_width=64,
                      mask_token_id=255, eos_token_id=1, pad_token_id=1, stop_token_ids=(1,), block_size=4,
                      dtype="bfloat16")  # fmt: skip
@@ -25,10 +25,12 @@ def compiled_decode(mesh, platform, dtype):
     prompt, options = np.array([2, 3, 4, 5]), SamplingOptions(max_tokens=LENGTH - 4, temperature=1.0)
     requests = [Request(prompt, options, sample_index=i) for i in range(ROWS)]
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        traced = Engine(model, abstract_rollout_params(model), batch_size=ROWS).traced(requests)["decode"]
+        config = EngineConfig(ROWS, page_size=PAGE)
+        traced = Engine(model, abstract_rollout_params(model), config).traced(requests)["decode"]
         compiled = traced.lower(lowering_platforms=(platform,)).compile()
     rows, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
-    return compiled, (CONFIG.num_layers, ROWS // rows, CONFIG.num_kv_heads // tensor, LENGTH, CONFIG.head_dim)
+    pages = (ROWS // rows + 1) * LENGTH // PAGE + 1
+    return compiled, (CONFIG.num_layers, pages, CONFIG.num_kv_heads // tensor, PAGE, CONFIG.head_dim)
 
 
 @pytest.mark.parametrize("topology, sizes", [("v5p:2x2x1", (1, 2, 2)), ("h100:8", (2, 2, 2)), ("cpu", (2, 2, 2))])

@@ -21,7 +21,7 @@ from tracerl_jax.report.run_dir import read_jsonl
 from tracerl_jax.rewards import register_reward
 from tracerl_jax.rl.experience import Sample
 from tracerl_jax.rl.update import Learner, plan_replays
-from tracerl_jax.rollout.engine import Engine, Request, SamplingOptions
+from tracerl_jax.rollout.engine import Engine, EngineConfig, Request, SamplingOptions
 from tracerl_jax.training import run as run_module
 from tracerl_jax.training.pipeline import train
 
@@ -69,7 +69,7 @@ def rl_step(model, learner):
     """Rollout, values, value update and policy update; everything they give, on the host."""
     options = [SamplingOptions("dynamic", threshold=0.1, max_tokens=9), SamplingOptions(max_tokens=6, temperature=0.0)]
     requests = [Request(prompt, option, i) for prompt in PROMPTS for option in options for i in range(2)]
-    traces = list(Engine(model, learner.policy.params, batch_size=16).generate(requests))
+    traces = list(Engine(model, learner.policy.params, EngineConfig(16)).generate(requests))
     samples = [
         Sample(Problem(0, "", trace.prompt_ids, {}), trace, "", 0, 0.0, {}, 1.0, advantage=(-1) ** i * 0.5)
         for i, trace in enumerate(traces)

@@ -40,7 +40,7 @@ from tracerl_jax.report.metrics import PhaseTimer
 from tracerl_jax.rl.experience import Sample, select
 from tracerl_jax.rl.loop import update
 from tracerl_jax.rl.update import Learner
-from tracerl_jax.rollout.engine import Engine, Request, SamplingOptions
+from tracerl_jax.rollout.engine import Engine, EngineConfig, Request, SamplingOptions
 from tracerl_jax.training.guard import NonFiniteGuard
 
 B, V, EOS, MASK, LIMIT = 3, 4, 2, 3, 4
@@ -221,7 +221,7 @@ def pipeline_gradient(tmp_path, options, params, count, importance_cap, group_si
     """[params]: rollout, reward, advantage, selection, replay, packing, loss and update, as `tracerl rl` does them."""
     learner = make_learner(importance_cap)
     learner.start(jax.tree.map(jnp.array, params), None)
-    traces = Engine(MODEL, learner.policy.params, batch_size=4096).generate(
+    traces = Engine(MODEL, learner.policy.params, EngineConfig(4096)).generate(
         [Request(PROMPT, options, index) for index in range(count)]
     )
     problem = Problem(0, "", PROMPT, {})

@@ -18,7 +18,7 @@ from tracerl_jax.rl.experience import Sample
 from tracerl_jax.rl.logprobs import packed_values
 from tracerl_jax.rl.loop import with_old_logprobs
 from tracerl_jax.rl.update import Learner, merged, plan_replays
-from tracerl_jax.rollout.engine import Engine, Request, SamplingOptions
+from tracerl_jax.rollout.engine import Engine, EngineConfig, Request, SamplingOptions
 
 B, V, MASK, STOPS = 4, 24, 22, (3, 9, 17, 20)
 CONFIG = ModelConfig(
@@ -60,7 +60,7 @@ def samples():
     """Groups of 4 with tails, early stops, several tokens per step, and filters that change the distribution."""
     options = SamplingOptions("dynamic", threshold=0.12, max_tokens=9, temperature=TEMPERATURE, top_k=6)
     requests = [Request(prompt, options, index) for prompt in PROMPTS for index in range(4)]
-    traces = list(Engine(MODEL, jax.tree.map(jnp.array, PARAMS), batch_size=len(requests)).generate(requests))
+    traces = list(Engine(MODEL, jax.tree.map(jnp.array, PARAMS), EngineConfig(len(requests))).generate(requests))
     assert {trace.stop_reason for trace in traces} == {"stop", "length"}
     assert any(len(trace.tail_ids) for trace in traces)
     assert any(trace.denoise_forwards < len(trace.ids) for trace in traces)

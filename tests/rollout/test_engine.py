@@ -11,8 +11,8 @@ from tracerl_jax.errors import ConfigError, DataError
 from tracerl_jax.models import Model
 from tracerl_jax.parallel.mesh import make_mesh
 from tracerl_jax.parallel.sharding import param_shardings
-from tracerl_jax.rollout import engine as engine_module
-from tracerl_jax.rollout.engine import Engine, Request, SamplingOptions
+from tracerl_jax.rollout import batch as batch_module
+from tracerl_jax.rollout.engine import Engine, EngineConfig, Request, SamplingOptions
 
 GOLDEN = load_golden("sdar_tiny")
 CONFIG, PARAMS = GOLDEN.config, GOLDEN.params
@@ -24,8 +24,8 @@ PROMPT = [199, 6, 95, 56, 170, 88]
 EVERYTHING = Request(PROMPT, SamplingOptions("entropy_bounded", top_k=9, top_p=0.9, max_tokens=16, stop_ids=(1, 2)))
 
 
-def make_engine(batch_size=8, params=PARAMS, model=MODEL, **kwargs):
-    return Engine(model, params, batch_size=batch_size, **{"valid_vocab": VALID, "stop_ids": STOP} | kwargs)
+def make_engine(slots=8, params=PARAMS, model=MODEL, **config):
+    return Engine(model, params, EngineConfig(slots, **{"valid_vocab": VALID, "stop_ids": STOP} | config))
 
 
 def decode_one(engine, prompt=PROMPT, sample_index=0, **options):
@@ -123,12 +123,12 @@ def test_results_do_not_depend_on_the_batch():
         Request(list(range(10, 50)), SamplingOptions("sequential", max_tokens=40, temperature=1.3)),
         Request([9] * 11, SamplingOptions("dynamic", threshold=0.2, max_tokens=7, block_size=3)),
     ]
-    together = list(make_engine(batch_size=6).generate([*mixed, EVERYTHING]))
+    together = list(make_engine(slots=6).generate([*mixed, EVERYTHING]))
     assert [trace.block_size for trace in together] == [4, 4, 4, 4, 4, 3, 4]
-    pairs = make_engine(batch_size=2)  # other neighbours, and a shorter cache without the long row
+    pairs = make_engine(slots=2)  # other neighbours, and a shorter cache without the long row
     for request, one in list(zip(mixed, together, strict=False))[:4]:
         assert_same(one, next(pairs.generate([request, EVERYTHING])))
-    (alone,) = make_engine(batch_size=1).generate(mixed[:1])  # a program without what only the others need
+    (alone,) = make_engine(slots=1).generate(mixed[:1])  # a program without what only the others need
     assert_same(together[0], alone)
 
 
@@ -203,21 +203,19 @@ def test_more_denoising_steps_than_positions():
     assert sorted(trace.step_map) == list(range(1, 9))
 
 
-def test_every_distinct_prompt_is_encoded_once_per_batch(monkeypatch):
+def test_every_distinct_prompt_is_encoded_once(monkeypatch):
     encoded = []
-    real = engine_module.prefill
+    real = batch_module.prefill
 
-    def spy(model, params, prompts, *args, **kwargs):
-        encoded.append(np.asarray(prompts))
-        return real(model, params, prompts, *args, **kwargs)
+    def spy(model, params, cache, prompts, start, stop, *args):
+        encoded.extend(np.asarray(prompts)[i, : n].tolist() for i, n in enumerate(np.asarray(stop - start)) if n)
+        return real(model, params, cache, prompts, start, stop, *args)
 
-    monkeypatch.setattr(engine_module, "prefill", spy)
-    requests = [Request(p, SamplingOptions(max_tokens=4), i) for i in range(4) for p in (PROMPT, PROMPT[::-1])]
-    traces = list(make_engine().generate([*requests[:-1], EVERYTHING]))
-    assert len(traces) == 8
-    (prompts,) = encoded
-    assert len(prompts) == 2
-    np.testing.assert_array_equal(prompts[:, :4], [PROMPT[:4], PROMPT[::-1][:4]])
+    monkeypatch.setattr(batch_module, "prefill", spy)
+    requests = [Request(p, SamplingOptions(max_tokens=4), i) for p in (PROMPT, PROMPT[::-1]) for i in range(4)]
+    traces = list(make_engine(slots=4).generate([*requests, EVERYTHING]))
+    assert len(traces) == 9
+    assert sorted(encoded) == sorted([PROMPT[:4], PROMPT[::-1][:4]])
 
 
 def test_update_params():
@@ -242,13 +240,11 @@ def test_sharded_engine_gives_the_same_traces():
         assert_same(one, two, atol=1e-4)
 
 
-def test_length_and_row_buckets():
-    lengths = [engine_module._length_bucket(n, 4) for n in (0, 1, 32, 33, 48, 49, 64, 65, 97, 150)]
-    assert lengths == [0, 32, 32, 48, 48, 64, 64, 96, 128, 192]
-    assert engine_module._length_bucket(33, 5) == 50
-    rows = [engine_module._fraction_bucket(n, 64, 4, 1) for n in (1, 2, 4, 5, 16, 17, 64)]
-    assert rows == [1, 4, 4, 16, 16, 64, 64]
-    assert engine_module._fraction_bucket(1, 64, 4, 8) == 8
+def test_length_and_slot_buckets():
+    lengths = [batch_module._length_bucket(n) for n in (0, 1, 32, 33, 48, 49, 64, 65, 97, 150)]
+    assert lengths == [32, 32, 32, 48, 48, 64, 64, 96, 128, 192]
+    slots = [batch_module._fraction_bucket(n, 64, 4) for n in (1, 2, 4, 5, 16, 17, 64, 99)]
+    assert slots == [1, 4, 4, 16, 16, 64, 64, 64]
 
 
 @pytest.mark.parametrize(

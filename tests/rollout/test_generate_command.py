@@ -43,7 +43,7 @@ def golden_row(case):
 
 def test_golden_rows_and_their_scores(tmp_path, capsys):
     rows, wants = zip(*map(golden_row, ("g00", "g12", "g39")), strict=True)
-    flags = ("--temperature", "0", "--ignore_eos", "--batch_size", "4")
+    flags = ("--temperature", "0", "--ignore_eos", "--slots", "4")
     got = generate(tmp_path, [*rows, {"prompt_ids": [5, 6, 7], "temperature": 0.7, "max_tokens": 5}], *flags)
     for row, want in zip(got, wants, strict=False):
         assert row["ids"] == want["output"][len(want["prompt"]) :].tolist()
@@ -63,7 +63,7 @@ def test_golden_rows_and_their_scores(tmp_path, capsys):
 
 def test_samples_of_a_prompt_are_consecutive_rows(tmp_path):
     rows = [{"prompt_ids": [5, 6, 7]}, {"prompt_ids": [8], "seed": 4}]
-    got = generate(tmp_path, rows, "--num_samples", "2", "--max_tokens", "6", "--batch_size", "4")
+    got = generate(tmp_path, rows, "--num_samples", "2", "--max_tokens", "6", "--slots", "4")
     assert [(row["line"], row["sample_index"]) for row in got] == [(1, 0), (1, 1), (2, 0), (2, 1)]
     assert len({tuple(row["ids"]) for row in got}) == 4
 

@@ -7,7 +7,7 @@ import pytest
 from golden_utils import NAMES, load_golden
 
 from tracerl_jax.models import Model
-from tracerl_jax.rollout.engine import Engine, Request, SamplingOptions
+from tracerl_jax.rollout.engine import Engine, EngineConfig, Request, SamplingOptions
 
 
 def golden_requests(arrays):
@@ -45,10 +45,10 @@ def test_golden_generation(name):
     golden = load_golden(name)
     cases = list(golden_requests(golden.arrays))
     assert len(cases) == 45
-    batched = Engine(Model(golden.config), golden.params, batch_size=45)
+    batched = Engine(Model(golden.config), golden.params, EngineConfig(45))
     for trace, (_, want, meta) in zip(batched.generate(case[0] for case in cases), cases, strict=True):
         check(trace, want, meta)
-    alone = Engine(Model(golden.config), golden.params, batch_size=1)
+    alone = Engine(Model(golden.config), golden.params, EngineConfig(1))
     for request, want, meta in cases[::9]:
         (trace,) = alone.generate([request])
         check(trace, want, meta)

@@ -73,6 +73,7 @@ def propose(
     top_k: jax.Array,  # [N] int32, 0 = off
     top_p: jax.Array,  # [N] f32, 1 = off
     truncated_confidence: jax.Array,  # [N] bool, confidence and entropy after top-k and top-p (the reference's rule)
+    wanted: jax.Array | None = None,  # [N,B] bool; elsewhere the proposal means nothing
     *,
     use_filters: bool,  # some row that samples uses top-k or top-p; without it no [N,B,V] array is held
     use_entropy: bool,
@@ -89,7 +90,7 @@ def propose(
         logits = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
         proposal = _propose_filtered(logits, keys, banned, temperature, top_k, top_p, truncated_confidence, use_entropy)
     else:
-        draws = sample_tokens(hidden, kernel, keys, banned, temperature, use_entropy=use_entropy, mesh=mesh)
+        draws = sample_tokens(hidden, kernel, keys, banned, temperature, wanted, use_entropy=use_entropy, mesh=mesh)
         confidence = jnp.exp(draws.allowed_logprobs)
         proposal = Proposal(draws.ids, draws.logprobs, draws.allowed_logprobs, confidence, draws.entropy)
     # A comparison with NaN can pick anything, and a block into which MASK is "revealed" would never be complete.

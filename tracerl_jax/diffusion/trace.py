@@ -35,6 +35,7 @@ class Trace:
     denoise_forwards: int
     stop_reason: str  # one of STOP_REASONS
     sample_index: int = 0
+    forwards: int = 0  # denoise forwards and those that only commit; 0 = not known
 
     def to_row(self) -> dict:
         """The trace as a JSON-able dict; unknown (NaN) log-probs become null."""
@@ -51,6 +52,7 @@ class Trace:
             "denoise_forwards": self.denoise_forwards,
             "stop_reason": self.stop_reason,
             "sample_index": self.sample_index,
+            "forwards": self.forwards,
         }
 
     @classmethod
@@ -58,7 +60,7 @@ class Trace:
         """Read a dict such as `to_row` makes; keys it does not know are ignored.
 
         Needed: prompt_ids, ids, step_map, block_size. Missing others: log-probs NaN, empty tail, temperature 1,
-        denoise_forwards = the last step, stop_reason "length", sample_index 0.
+        denoise_forwards = the last step, stop_reason "length", sample_index 0, forwards 0.
         Raises DataError naming `where` (say "in.jsonl:3") and the field.
         """
         prompt_ids = _ints(row, "prompt_ids", where, minimum=0)
@@ -90,6 +92,7 @@ class Trace:
             denoise_forwards=_int(row, "denoise_forwards", where, minimum=last_step, default=last_step),
             stop_reason=stop_reason,
             sample_index=_int(row, "sample_index", where, minimum=0, default=0),
+            forwards=_int(row, "forwards", where, minimum=0, default=0),
         )
 
 
@@ -108,14 +111,11 @@ def tokens_per_denoise_step(traces: Iterable[Trace]) -> float:
 
 
 def tokens_per_forward(traces: Iterable[Trace]) -> float:
-    """Completion tokens per denoise or commit forward; a sequence of g blocks commits g - 1 times."""
+    """Completion tokens per denoise or commit forward over all traces; 0 when there are none."""
     tokens = forwards = 0
     for trace in traces:
-        canvas = len(trace.prompt_ids) + len(trace.ids) + len(trace.tail_ids)
-        first = len(trace.prompt_ids) // trace.block_size
-        blocks = -(-canvas // trace.block_size) - first
         tokens += len(trace.ids)
-        forwards += trace.denoise_forwards + max(0, blocks - 1)
+        forwards += trace.forwards
     return tokens / forwards if forwards else 0.0
 
 

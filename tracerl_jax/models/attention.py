@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tracerl_jax.kernels.attention import attention
@@ -44,13 +45,19 @@ class Attention(nn.Module):
         return out, k, v
 
 
-def sequence_attend(intervals: jax.Array, implementation: str | None, mesh: Mesh | None) -> Attend:
-    """Attention inside a sequence: the query at t sees the two key ranges of intervals [N,T,4]."""
+def sequence_attend(intervals: jax.Array, implementation: str | None, mesh: Mesh | None,
+                    prefix: tuple[jax.Array, jax.Array] | None = None) -> Attend:
+    """Attention inside a sequence: the query at t sees the two key ranges of intervals [N,T,4].
+
+    With a `prefix` (keys, values) [N,S,K,D] the keys are those, then the sequence's own.
+    """
 
     def attend(q, k, v):
         def local(q, k, v, intervals):
             return attention(q, k, v, intervals, implementation=implementation)
 
+        if prefix is not None:
+            k, v = (jnp.concatenate(pair, axis=1) for pair in zip(prefix, (k, v), strict=True))
         return _per_shard(local, mesh, "qkkr")(q, k, v, intervals)
 
     return attend

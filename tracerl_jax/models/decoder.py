@@ -131,21 +131,25 @@ class Model:
         """Final-normed hidden states [N,T,E] of ids [N,T] at positions [N,T] under intervals [N,T,4]."""
         return self._hidden(params, ids, positions, intervals, keep_kv=False)[0]
 
-    def hidden_and_kv(self, params: Params, ids: jax.Array, positions: jax.Array,
-                      intervals: jax.Array) -> tuple[jax.Array, KV]:
-        """`hidden`, and the keys and values [L,N,T,K,D] to start a cache with."""
-        hidden, kv = self._hidden(params, ids, positions, intervals, keep_kv=True)
+    def hidden_and_kv(self, params: Params, ids: jax.Array, positions: jax.Array, intervals: jax.Array,
+                      prefix: KV | None = None) -> tuple[jax.Array, KV]:
+        """`hidden`, and the keys and values [L,N,T,K,D] to start a cache with.
+
+        With a `prefix` [L,N,S,K,D] the intervals count its S keys first, then those of the T tokens.
+        """
+        hidden, kv = self._hidden(params, ids, positions, intervals, keep_kv=True, prefix=prefix)
         return hidden, KV(*kv)
 
-    def _hidden(self, params, ids, positions, intervals, keep_kv):
-        attend = sequence_attend(intervals, self.config.attention, self.mesh)
+    def _hidden(self, params, ids, positions, intervals, keep_kv, prefix=None):
         tables = rotary_tables(positions, self.config)
 
-        def layer(x, layer_params):
+        def layer(x, inputs):
+            layer_params, prefix = inputs
+            attend = sequence_attend(intervals, self.config.attention, self.mesh, prefix)
             x, kv = self._apply_block(layer_params, x, tables, attend)
             return x, kv if keep_kv else None
 
-        return self._through_layers(layer, params, ids, params["layers"])
+        return self._through_layers(layer, params, ids, (params["layers"], prefix))
 
     def decode(self, params: Params, ids: jax.Array, positions: jax.Array, cache: KVCache, cache_len: jax.Array,
                new_intervals: jax.Array | None = None) -> tuple[jax.Array, KV]:

@@ -24,8 +24,7 @@ from tracerl_jax.plan.kernel_costs import attention_cost, decode_cost
 from tracerl_jax.plan.workload import Workload, sample_traces
 from tracerl_jax.rl.experience import Sample
 from tracerl_jax.rl.update import Learner, Replay, plan_replays
-from tracerl_jax.rollout.engine import Engine
-from tracerl_jax.rollout.options import Request
+from tracerl_jax.rollout.engine import Engine, EngineConfig, Request
 from tracerl_jax.rollout.weights import abstract_rollout_params, convert, needs_copy, rollout_model
 from tracerl_jax.training.optimizer import make_optimizer
 from tracerl_jax.training.run import rollout_options
@@ -122,45 +121,59 @@ def _resident(config: RunConfig, learner: Learner) -> dict[str, Any]:
 
 
 def _rollout_programs(config: RunConfig, model: Model, policy: Any, workload: Workload) -> list[PlannedProgram]:
-    slots = config.rollout.slots_per_device * row_shards(model.mesh)
+    section, samples = config.rollout, _samples(config)
+    slots, shards = section.slots_per_device * row_shards(model.mesh), row_shards(model.mesh)
     # The vocabulary is the model's: only a tokenizer would know of padding at its end.
-    engine = Engine(model, abstract_rollout_params(model), batch_size=slots)
+    engine = Engine(
+        model, abstract_rollout_params(model),
+        EngineConfig(slots, commit=section.commit, kv_dtype=section.kv_dtype),
+    )  # fmt: skip
     options = rollout_options(config, seed=0)
     requests = [
-        Request(_prompt(i // config.rollout.samples_per_prompt, config, model.config), options, sample_index=i)
-        for i in range(min(_samples(config), engine.batch_size))
+        Request(_prompt(i // section.samples_per_prompt, config, model.config), options, sample_index=i)
+        for i in range(samples)
     ]
-    traced = engine.traced(requests)
-    batches = math.ceil(_samples(config) / engine.batch_size)
+    traced, fused = engine.traced(requests), engine.commits_fused(requests)
     B = options.block_size or model.config.block_size
-    forwards, live = _decoding(config, workload, B)
+    forwards, live = _decoding(config, workload, B, slots, fused)
     copied, mesh = needs_copy(model, policy), model.mesh
     kept = () if copied else policy
     sync = [PlannedProgram("sync", convert.trace(model, policy), mesh, 1, policy)] if copied else []
-    prompts = _block_causal(*traced["prefill"].args_info[0][1].shape, B)
+    prompts = _block_causal(*traced["prefill"].args_info[0][2].shape, B)
+    calls = math.ceil(section.prompts_per_step / shards / (len(prompts) // shards))
+    # A quarter of the positions of a step goes through the head at a time; of a step's masked positions the mean.
+    head_groups = math.ceil(4 * (workload.tokens_per_step + B) / (2 * B))
     return sync + [
         PlannedProgram(
-            "prefill", traced["prefill"], mesh, batches, kept,
+            "prefill", traced["prefill"], mesh, calls, kept,
             kernel_cost=attention_cost(model.config, mesh, prompts[:1], len(prompts)),
         ),
         PlannedProgram(
-            "decode", traced["decode"], mesh, batches, kept,
-            # The second is that of `chunked_decode_attention`, for backends without a kernel.
-            {"jit(decode)/while": forwards, "attention/shard_map/while": math.ceil(live / CHUNK)},
-            decode_cost(model.config, mesh, len(requests), B, live),
+            "decode", traced["decode"], mesh, 1, kept,
+            # Of the engine, of the fused head, and of `chunked_decode_attention` for backends without a kernel.
+            {"jit(decode)/while": forwards, "body/shard_map/while": head_groups,
+             "attention/shard_map/while": math.ceil(live / CHUNK)},
+            decode_cost(model.config, mesh, min(slots, samples), (1 + fused) * B, live),
         ),
     ]  # fmt: skip
 
 
-def _decoding(config: RunConfig, workload: Workload, block_size: int) -> tuple[float, float]:
-    """(forwards of a batch, committed tokens of a slot on average over them).
+def _decoding(
+    config: RunConfig, workload: Workload, block_size: int, slots: int, fused: bool
+) -> tuple[float, float]:
+    """(forwards of an RL step's decoding, committed tokens of a slot on average over them).
 
-    A batch runs until its last row is done, and among so many rows one is as long as the config allows. Each block is
-    denoised and then committed by one more forward, but not the last one.
+    Slots are refilled as they become free, so all of them work until the samples run out, and then the last ones as
+    long as the longest response takes beyond the mean. Each block is denoised and, unless commits are fused, then
+    committed by one more forward, but not the last one.
     """
+
+    def of(tokens: float) -> float:
+        return tokens / workload.tokens_per_step + (0 if fused else math.ceil(tokens / block_size) - 1)
+
     longest, response = config.rollout.max_tokens, workload.response_tokens
-    forwards = longest / workload.tokens_per_step + math.ceil(longest / block_size) - 1
-    return forwards, workload.prompt_tokens + response - response**2 / (2 * longest)
+    rounds = max(1.0, _samples(config) / slots)
+    return rounds * of(response) + of(longest) - of(response), workload.prompt_tokens + response / 2
 
 
 def _block_causal(rows: int, length: int, block_size: int) -> np.ndarray:

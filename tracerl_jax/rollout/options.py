@@ -8,6 +8,8 @@ from tracerl_jax.diffusion.reveal import strategy_code
 from tracerl_jax.errors import ConfigError
 
 CONFIDENCES = ("policy", "truncated")
+COMMITS = ("auto", "separate", "fused")
+KV_DTYPES = ("compute", "int8")
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,40 @@ class Request:
     sample_index: int = 0  # tells samples of one prompt apart
 
 
+@dataclass(frozen=True)
+class EngineConfig:
+    """Size and manner of an engine. Raises ConfigError naming the field on construction.
+
+    None of it changes what a request gets, but for rounding: of `kv_dtype="int8"` by a lot, of the others by the order
+    in which sums are taken.
+    """
+
+    slots: int = 64  # sequences decoded together
+    max_length: int | None = None  # tokens of prompt and completion; None = what each `generate` needs
+    commit: str = "auto"  # separate, fused, or whichever should be faster; see rollout/decode.py
+    forwards_per_chunk: int = 256  # at most, until the host looks again
+    page_size: int = 64  # tokens of a cache page, rounded up to whole blocks
+    pages: int | None = None  # of the cache, per shard of the slots; None = enough for all slots at full length
+    prefix_cache: bool = True  # keep the pages of prompts for later requests while there is room
+    kv_dtype: str = "compute"  # of the cache: "compute" (the model's) or "int8"
+    valid_vocab: int | None = None  # ids from here on are never sampled (the tokenizer's size); None = all may be
+    stop_ids: tuple[int, ...] | None = None  # end a completion; None = the model's stop_token_ids
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "forwards_per_chunk", "page_size"):
+            _check_int(self, name, 1, 2**31 - 1)
+        for name in ("max_length", "pages", "valid_vocab"):
+            _check_int(self, name, 1, 2**31 - 1, optional=True)
+        for name, choices in (("commit", COMMITS), ("kv_dtype", KV_DTYPES)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(choices)}")
+
+
 def _is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_int(options: SamplingOptions, name: str, low: int, high: int, optional: bool = False) -> None:
+def _check_int(options: object, name: str, low: int, high: int, optional: bool = False) -> None:
     value = getattr(options, name)
     if optional and value is None:
         return

@@ -40,7 +40,7 @@ from tracerl_jax.parallel.mesh import make_mesh
 from tracerl_jax.parallel.sharding import row_shards
 from tracerl_jax.report.metrics import MetricLog, open_log
 from tracerl_jax.report.run_dir import METRICS, SAMPLES, RunDir
-from tracerl_jax.rollout.engine import Engine
+from tracerl_jax.rollout.engine import Engine, EngineConfig
 from tracerl_jax.rollout.options import SamplingOptions
 from tracerl_jax.rollout.weights import rollout_model
 from tracerl_jax.training.checkpoint import Checkpointer
@@ -234,7 +234,9 @@ class Run:
         valid = valid_vocab(self.tokenizer, self.model.config.vocab_size)
         model = rollout_model(self.model, self.config.rollout.tensor)
         slots = self.config.rollout.slots_per_device * row_shards(model.mesh)
-        return Engine(model, params, batch_size=slots, valid_vocab=valid)
+        section = self.config.rollout
+        return Engine(model, params, EngineConfig(slots, commit=section.commit, kv_dtype=section.kv_dtype,
+                                                  valid_vocab=valid))  # fmt: skip
 
     def watch(self, traces: Iterable[Trace]) -> Iterator[Trace]:
         """Passes traces on; raises Interrupted between them when a signal asked to stop."""

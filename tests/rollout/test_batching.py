@@ -1,0 +1,201 @@
+"""Continuous batching: what a request gets does not depend on how the engine is set up or what else it does."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from golden_utils import load_golden
+
+from tracerl_jax.errors import ConfigError, DataError
+from tracerl_jax.models import Model
+from tracerl_jax.rollout.engine import Engine, EngineConfig, Request, SamplingOptions
+
+GOLDEN = load_golden("sdar_tiny")
+MODEL = Model(GOLDEN.config)
+STEM = list(range(20, 36))  # 4 blocks
+PROMPTS = [[*STEM, 1, 2], [*STEM, 1, 2, 3, 4, 5], [*STEM[:8], 7], [9, 8], STEM]
+FIXED = {"valid_vocab": 300, "stop_ids": (7, 55), "max_length": 48}
+
+
+def make_engine(slots=4, **config):
+    return Engine(MODEL, GOLDEN.params, EngineConfig(slots, **FIXED | {"page_size": 8, "commit": "separate"} | config))
+
+
+def draw_requests(count, seed, prompts=PROMPTS):
+    rng = np.random.default_rng(seed)
+    kinds = itertools.cycle([("dynamic", 1.0), ("static", 0.0), ("sequential", 0.7), ("dynamic", 0.0)])
+    return [
+        Request(
+            prompts[rng.integers(len(prompts))],
+            SamplingOptions(strategy, threshold=0.2, temperature=temperature, max_tokens=int(rng.integers(1, 14)),
+                            seed=int(rng.integers(3))),
+            sample_index=i,
+        )
+        for i, (strategy, temperature) in zip(range(count), kinds, strict=False)
+    ]  # fmt: skip
+
+
+REQUESTS = draw_requests(24, 0)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Every request alone, committed separately, without anything cached."""
+    engine = make_engine(1, commit="separate", prefix_cache=False)
+    return [next(engine.generate([request])) for request in REQUESTS]
+
+
+def assert_same(one, two, atol=1e-5):
+    for name in ("prompt_ids", "ids", "step_map", "tail_ids", "tail_step_map"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(two, name), err_msg=name)
+    for name in ("logprobs", "behaviour_logprobs"):
+        np.testing.assert_allclose(getattr(one, name), getattr(two, name), atol=atol, err_msg=name)
+    assert (one.denoise_forwards, one.stop_reason) == (two.denoise_forwards, two.stop_reason)
+
+
+@pytest.mark.parametrize("config", [
+    {"slots": 3, "commit": "separate"}, {"slots": 3, "commit": "fused", "forwards_per_chunk": 1},
+    {"slots": 64, "commit": "fused"}, {"slots": 3, "commit": "separate", "forwards_per_chunk": 3, "pages": 8},
+    {"slots": 5, "commit": "fused", "prefix_cache": False, "page_size": 64},
+], ids=str)  # fmt: skip
+def test_slots_chunks_pages_prefixes_and_commits_change_nothing(config, expected):
+    engine, atol = make_engine(**config), 1e-4 if config["commit"] == "fused" else 1e-5
+    for trace, want in zip(engine.generate(REQUESTS), expected, strict=True):
+        assert_same(trace, want, atol)
+    again = list(engine.generate(REQUESTS[::-1]))[::-1]  # another order, and prompts that are known by now
+    for trace, want in zip(again, expected, strict=True):
+        assert_same(trace, want, atol)
+    assert all(pool.held == 0 for pool in engine._batch._pools)
+
+
+def test_a_fused_commit_costs_no_forward(expected):
+    fused = list(make_engine(commit="fused").generate(REQUESTS))
+    assert all(trace.forwards == trace.denoise_forwards for trace in fused)
+    for trace in expected:
+        p, total = len(trace.prompt_ids), len(trace.prompt_ids) + len(trace.ids) + len(trace.tail_ids)
+        assert trace.forwards == trace.denoise_forwards + total // trace.block_size - p // trace.block_size - 1
+
+
+def test_slots_go_on_at_their_own_pace():
+    """A short request behind a long one is not held up by it, and the slots are never all waiting."""
+    engine = make_engine(2, forwards_per_chunk=1)
+    long = engine.submit(Request([5, 6], SamplingOptions("static", temperature=0.0, max_tokens=40, ignore_eos=True)))
+    short = [engine.submit(Request([i + 60], SamplingOptions(temperature=0.0, max_tokens=2))) for i in range(4)]
+    order = []
+    while engine.busy:
+        order += engine.step()
+    assert order == [*short, long]
+
+
+def test_streamed_blocks_are_the_beginning_of_the_result():
+    engine = make_engine(2, forwards_per_chunk=2)
+    number = engine.submit(Request(STEM, SamplingOptions(max_tokens=20, ignore_eos=True)))
+    seen, finished = [], {}
+    while not finished:
+        finished = engine.step()
+        seen.append(engine.partial().get(number, np.zeros(0, int)))
+    ids = finished[number].ids
+    lengths = [len(part) for part in seen[:-1]]
+    assert lengths == sorted(lengths) and lengths[-1] >= 12 and 0 < len(set(lengths))
+    for part in seen[:-1]:
+        assert len(part) % 4 == 0
+        np.testing.assert_array_equal(part, ids[: len(part)])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cancelled_requests_leave_no_trace_and_disturb_nobody(seed, expected):
+    engine, rng = make_engine(4, forwards_per_chunk=2, pages=9), np.random.default_rng(seed)
+    numbers = {engine.submit(request): i for i, request in enumerate(REQUESTS)}
+    gone, finished = set(), {}
+    while engine.busy:
+        finished |= engine.step()
+        for number in rng.choice(sorted(numbers), size=rng.integers(3)).tolist():
+            if engine.cancel(number):
+                gone.add(number)
+            else:
+                assert number in finished or number in gone
+    assert finished.keys() == numbers.keys() - gone
+    for number, trace in finished.items():
+        assert_same(trace, expected[numbers[number]])
+    assert all(pool.held == 0 for pool in engine._batch._pools)
+
+
+def test_a_closed_stream_cancels_the_rest():
+    engine = make_engine(2)
+    stream = engine.generate(REQUESTS)
+    next(stream)
+    stream.close()
+    assert not engine.busy
+    assert len(list(engine.generate(REQUESTS[:3]))) == 3
+
+
+def test_other_block_sizes_wait_for_their_turn(expected):
+    options = SamplingOptions("dynamic", threshold=0.2, max_tokens=7, block_size=3)
+    other = [Request([9] * 11, options, i) for i in (0, 1)]
+    engine = make_engine(3)
+    mixed = list(engine.generate([*REQUESTS[:4], *other, *REQUESTS[4:8]]))
+    for trace, want in zip([*mixed[:4], *mixed[6:]], expected[:8], strict=True):
+        assert_same(trace, want)
+    assert [trace.block_size for trace in mixed] == [4] * 4 + [3] * 2 + [4] * 4
+
+
+def test_nothing_is_compiled_once_it_is_warm():
+    engine = make_engine(4)
+    list(engine.generate(REQUESTS))
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        names = []
+        patch.setattr("logging.Logger.isEnabledFor", lambda self, level: True)
+        handler = _Collect(names)
+        logger = __import__("logging").getLogger("jax")
+        logger.addHandler(handler)
+        list(engine.generate(draw_requests(24, 5)))
+        logger.removeHandler(handler)
+    assert names == []
+
+
+class _Collect(__import__("logging").Handler):
+    def __init__(self, names):
+        super().__init__()
+        self.names = names
+
+    def emit(self, record):
+        if record.getMessage().startswith("Compiling "):
+            self.names.append(record.getMessage())
+
+
+def test_int8_cache_stays_close():
+    exact, rounded = (
+        next(make_engine(1, kv_dtype=dtype).generate([Request(STEM, SamplingOptions(temperature=0.0, max_tokens=8))]))
+        for dtype in ("compute", "int8")
+    )
+    np.testing.assert_array_equal(exact.ids[:4], rounded.ids[:4])
+    np.testing.assert_allclose(exact.logprobs[:4], rounded.logprobs[:4], atol=0.05)
+    assert not np.array_equal(exact.logprobs, rounded.logprobs)
+
+
+def test_memory_is_known_before_anything_runs():
+    memory = make_engine(4).memory_bytes()
+    pages = 5 * 6 + 1  # of 4 slots of 48 tokens, one slot's worth of prompts, and nobody's
+    assert memory["cache"] == 2 * 4 * pages * 8 * 3 * 2 * 16 + 4 * 4 * 6
+
+
+def test_weights_do_not_change_under_running_requests():
+    engine = make_engine(2)
+    engine.submit(REQUESTS[0])
+    with pytest.raises(RuntimeError, match="waiting or running"):
+        engine.update_params(GOLDEN.params_new)
+
+
+@pytest.mark.parametrize(("field", "value"), [("slots", 0), ("commit", "both"), ("kv_dtype", "fp8"), ("pages", 0),
+                                              ("max_length", -1), ("page_size", 1.5)])  # fmt: skip
+def test_bad_configs_are_named(field, value):
+    with pytest.raises(ConfigError, match=f"^{field} is "):
+        EngineConfig(**{"slots": 4, field: value})
+
+
+def test_what_can_never_fit_is_refused_at_once():
+    with pytest.raises(DataError, match=r"request: prompt of 16 tokens .* max_length is 48"):
+        make_engine().submit(Request(STEM, SamplingOptions(max_tokens=40)))
+    with pytest.raises(DataError, match="the cache has 3 pages of 8 tokens"):
+        make_engine(pages=3).submit(Request(STEM, SamplingOptions(max_tokens=8)))

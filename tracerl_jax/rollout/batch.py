@@ -1,0 +1,449 @@
+"""The slots of an engine: which request each decodes, the arrays on the device, and the calls that move them on."""
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tracerl_jax.diffusion.grid import block_of, block_start, round_up
+from tracerl_jax.diffusion.reveal import ENTROPY_BOUNDED, strategy_code
+from tracerl_jax.diffusion.trace import Trace
+from tracerl_jax.kernels.dispatch import target_platform
+from tracerl_jax.models.decoder import Model
+from tracerl_jax.parallel.sharding import batch_sharding, row_shards
+from tracerl_jax.rollout.cache import cache_shapes, copy_pages, prefill
+from tracerl_jax.rollout.decode import Program, Rows, State, decode, refill
+from tracerl_jax.rollout.options import EngineConfig, SamplingOptions
+from tracerl_jax.rollout.pages import Allocation, PagePool
+
+SHORTEST = 32  # tokens of the smallest length bucket
+STOP_IDS_STEP = 4  # columns by which the table of stop ids grows
+PROMPTS_PER_CALL = (1, 4, 16)  # of a shard
+REFILL_SHARE = 8  # a chunk ends when one in so many slots is done
+# A forward costs what reading the weights costs up to about so many tokens on a device; beyond, every token costs.
+# (FLOPs over bytes: of a v5p 166, a v6e 560, an H100 295, of a CPU core and fp32 weights some tens.)
+FREE_TOKENS = {"cpu": 16, "gpu": 256, "tpu": 128}
+
+
+@dataclass(eq=False)
+class Entry:
+    """A request with its defaults filled in."""
+
+    prompt_ids: np.ndarray  # [p] int32
+    prompt_hash: int
+    options: SamplingOptions
+    block_size: int
+    stop_ids: tuple[int, ...]
+    sample_index: int
+    number: int = -1  # of the engine
+    pages: Allocation | None = None
+
+    @property
+    def limit(self) -> int:
+        return len(self.prompt_ids) + self.options.max_tokens
+
+    @property
+    def end(self) -> int:
+        """End of the last block it can reach."""
+        return round_up(self.limit, self.block_size)
+
+    @property
+    def encoded(self) -> int:
+        """End of the prompt's complete blocks."""
+        return block_start(block_of(len(self.prompt_ids), self.block_size), self.block_size)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the programs of a batch are compiled for."""
+
+    slots: int  # N
+    length: int  # S, whole pages
+    block_size: int
+    page_size: int
+    stop_ids: int
+
+    @property
+    def width(self) -> int:
+        """Pages of a slot."""
+        return self.length // self.page_size
+
+
+def batch_for(
+    model: Model, config: EngineConfig, banned: np.ndarray, waiting: deque[Entry], present: "Batch | None"
+) -> "Batch":
+    """A batch for the oldest waiting request and those of its block size: the present one if it fits."""
+    first = waiting[0] if waiting else None
+    block_size = model.config.block_size if first is None else first.block_size
+    same = [entry for entry in waiting if entry.block_size == block_size]
+    page_size = round_up(config.page_size, block_size)
+    longest = max((entry.end for entry in same), default=0)
+    if config.max_length is not None:
+        length, slots = round_up(config.max_length, page_size), config.slots
+    else:
+        length = round_up(_length_bucket(longest), block_size)
+        page_size = min(page_size, length)
+        length, slots = round_up(length, page_size), _fraction_bucket(len(same), config.slots, 4)
+    shards = row_shards(model.mesh)
+    stop_ids = round_up(max([1, *(len(entry.stop_ids) for entry in same)]), STOP_IDS_STEP)
+    shape = Shape(round_up(slots, shards), length, block_size, page_size, stop_ids)
+    if present is not None and present.shape == shape:
+        return present
+    return Batch(model, config, banned, shape)
+
+
+class Batch:
+    """N slots of one shape. The requests in it have one block size."""
+
+    def __init__(self, model: Model, config: EngineConfig, banned: np.ndarray, shape: Shape):
+        self.model, self.config, self.shape = model, config, shape
+        self.entries: list[Entry | None] = [None] * shape.slots
+        self._banned = banned
+        self._shards = row_shards(model.mesh)
+        self._place = None if model.mesh is None else batch_sharding(model.mesh)
+        # All slots at full length, a slot's worth of prompts to keep, and the page that belongs to nobody.
+        pages = config.pages or (shape.slots // self._shards + config.prefix_cache) * shape.width + 1
+        self._pools = [PagePool(pages, shape.page_size, config.prefix_cache) for _ in range(self._shards)]
+        self._pages = pages
+        self._stopped = np.zeros(shape.slots, bool)
+        self._rows = _empty_rows(shape)
+        self._table = np.zeros((shape.slots, shape.width), np.int32)
+        self._state: State | None = None
+
+    @property
+    def running(self) -> int:
+        return sum(entry is not None for entry in self.entries)
+
+    def forget_prompts(self) -> None:
+        for pool in self._pools:
+            pool.forget()
+
+    def cancel(self, number: int) -> bool:
+        for n, entry in enumerate(self.entries):
+            if entry is not None and entry.number == number:
+                self._release(n)
+                self._stopped[n] = True
+                return True
+        return False
+
+    # Requests into slots
+
+    def admit(self, params: dict, waiting: deque[Entry]) -> None:
+        """Give free slots to the oldest waiting requests, as far as slots and pages go."""
+        fresh = []
+        while waiting and self.fits(waiting[0]):
+            n = self._place_for(waiting[0])
+            if n is None:
+                break
+            fresh.append(n)
+            self.entries[n] = waiting.popleft()
+            self._stopped[n] = False
+        if not fresh and not self._stopped.any():
+            return
+        self._prefill(params, fresh)
+        canvas = np.full((self.shape.slots, self.shape.length), self.model.config.mask_token_id, np.int32)
+        for n in fresh:
+            entry = self.entries[n]
+            canvas[n, : len(entry.prompt_ids)] = entry.prompt_ids
+            _set_row(self._rows, n, entry)
+            self._table[n] = 0
+            self._table[n, : len(entry.pages.pages)] = entry.pages.pages
+        is_fresh = np.isin(np.arange(self.shape.slots), fresh)
+        self._state = refill(
+            self._state, *self._put((self._rows, is_fresh, self._stopped, canvas, self._table)),
+            np.int32(self.shape.block_size),
+        )  # fmt: skip
+        self._stopped[:] = False
+
+    def fits(self, entry: Entry) -> bool:
+        shape = self.shape
+        return (entry.block_size == shape.block_size and entry.end <= shape.length
+                and len(entry.stop_ids) <= shape.stop_ids)  # fmt: skip
+
+    def _place_for(self, entry: Entry) -> int | None:
+        """A free slot whose shard has room, with the pages in `entry.pages`: where most of the prompt is known, else
+        where most pages are free."""
+        slots_per_shard = self.shape.slots // self._shards
+        free: dict[int, int] = {}
+        for n, occupant in enumerate(self.entries):
+            if occupant is None:
+                free.setdefault(n // slots_per_shard, n)
+        order = sorted(
+            free,
+            key=lambda s: (-self._pools[s].known_tokens(entry.prompt_ids, entry.encoded), -self._pools[s].available, s),
+        )
+        for shard in order:
+            entry.pages = self._pools[shard].allocate(entry.prompt_ids, entry.encoded, entry.end)
+            if entry.pages is not None:
+                return free[shard]
+        return None
+
+    def _prefill(self, params: dict, fresh: list[int]) -> None:
+        """Encode what the cache does not know of the prompts, then copy the pages in which known prompts end.
+
+        A prompt that shares pages with one of the same round waits for that one's call.
+        """
+        if self._state is None:
+            self._state = self._empty_state()
+        wave_of: dict[tuple[int, int], int] = {}  # (shard, page filled in this round) -> its wave
+        waves: dict[tuple[int, bool], list[int]] = {}
+        for n in fresh:
+            entry, shard = self.entries[n], self._shard(n)
+            if entry.pages.start >= entry.encoded:
+                continue
+            wave = max([-1, *(wave_of.get((shard, page), -1) for page in entry.pages.shared)]) + 1
+            waves.setdefault((wave, entry.pages.start > 0), []).append(n)
+            first, last = (at // self.shape.page_size for at in (entry.pages.start, entry.encoded - 1))
+            wave_of |= {(shard, page): wave for page in entry.pages.pages[first : last + 1]}
+        cache = self._state.cache
+        for key in sorted(waves):
+            for members in self._calls(waves[key]):
+                operands = self._put(self._prompts(members))
+                cache = prefill(self.model, params, cache, *operands, np.int32(self.shape.block_size))
+        copies = [n for n in fresh if self.entries[n].pages.source is not None]
+        if copies:
+            cache = self._copy(cache, copies)
+        self._state = _replace(self._state, cache=cache)
+        for n in copies:
+            self._pools[self._shard(n)].unpin(self.entries[n].pages)
+
+    def _calls(self, slots: list[int]) -> list[list[list[int]]]:
+        """Slots cut into calls of prefill, each [shards][up to PROMPTS_PER_CALL[-1]]."""
+        by_shard = [[n for n in slots if self._shard(n) == shard] for shard in range(self._shards)]
+        size = PROMPTS_PER_CALL[-1]
+        rounds = max(-(-len(members) // size) for members in by_shard)
+        return [[members[i * size : (i + 1) * size] for members in by_shard] for i in range(rounds)]
+
+    def _prompts(self, members: list[list[int]]) -> tuple[np.ndarray, ...]:
+        """Operands of a prefill: (prompts, start, stop, prefix_pages, pages)."""
+        page, entries = self.shape.page_size, [self.entries[n] for shard in members for n in shard]
+        u = next(size for size in PROMPTS_PER_CALL if size >= max(map(len, members)))
+        T = round_up(_length_bucket(max(e.encoded - e.pages.start for e in entries)), page)
+        T = min(T, self.shape.length)
+        W = self.shape.width if any(e.pages.start for e in entries) else 0
+        U = self._shards * u
+        prompts, pages = np.zeros((U, T), np.int32), np.zeros((U, T // page), np.int32)
+        start, stop, prefix = np.zeros(U, np.int32), np.zeros(U, np.int32), np.zeros((U, W), np.int32)
+        for shard, slots in enumerate(members):
+            for i, n in enumerate(slots):
+                entry, row = self.entries[n], shard * u + i
+                start[row], stop[row] = entry.pages.start, entry.encoded
+                new = entry.prompt_ids[entry.pages.start : entry.encoded]
+                prompts[row, : len(new)] = new
+                first, last = entry.pages.start // page, -(-entry.encoded // page)
+                pages[row, : last - first] = entry.pages.pages[first:last]
+                if W:
+                    prefix[row, :first] = entry.pages.pages[:first]
+        return prompts, start, stop, prefix, pages
+
+    def _copy(self, cache, slots: list[int]):
+        per_shard = self.shape.slots // self._shards
+        source, target = (np.zeros((self._shards, per_shard), np.int32) for _ in range(2))
+        count = np.zeros(self._shards, np.int32)
+        for n in slots:
+            entry, shard = self.entries[n], self._shard(n)
+            source[shard, count[shard]] = entry.pages.source
+            target[shard, count[shard]] = entry.pages.pages[entry.encoded // self.shape.page_size]
+            count[shard] += 1
+        return copy_pages(self.model, cache, *self._put((source.reshape(-1), target.reshape(-1), count)))
+
+    # Forwards, and what they finish
+
+    def decode(self, params: dict, waiting: deque[Entry]) -> dict[int, Trace]:
+        """One chunk; the traces of the requests that it finished, by number."""
+        N = self.shape.slots
+        idle = N - self.running
+        more = any(self.fits(entry) for entry in waiting)
+        enough = min(N, idle + max(1, N // REFILL_SHARE)) if more else N
+        self._state = decode(
+            self._program(waiting), params, self._banned, self._put(self._rows), self._state,
+            np.int32(self.config.forwards_per_chunk), np.int32(enough),
+        )  # fmt: skip
+        done = _fetch(self._state.done)
+        finished = [n for n in range(N) if self.entries[n] is not None and done[n]]
+        if not finished:
+            return {}
+        names = ("canvas", "step_map", "logprobs", "behaviour_logprobs", "start", "steps", "forwards")
+        fetched = [_fetch(getattr(self._state, name)) for name in names]
+        traces = {}
+        for n in finished:
+            entry = self._release(n)
+            traces[entry.number] = _trace(entry, *(array[n] for array in fetched))
+        return traces
+
+    def partial(self) -> dict[int, np.ndarray]:
+        """Ids [r] of the finished blocks of every running request, by number."""
+        if self._state is None or not self.running:
+            return {}
+        canvas, start = _fetch(self._state.canvas), _fetch(self._state.start)
+        found = {}
+        for n, entry in enumerate(self.entries):
+            if entry is not None:
+                found[entry.number] = canvas[n, len(entry.prompt_ids) : min(int(start[n]), entry.limit)].copy()
+        return found
+
+    def _release(self, n: int) -> Entry:
+        entry = self.entries[n]
+        self._pools[self._shard(n)].release(entry.pages)
+        self.entries[n] = None
+        return entry
+
+    def _program(self, waiting: deque[Entry]) -> Program:
+        """What the requests that run or may soon run need."""
+        entries = [e for e in (*self.entries, *waiting) if e is not None and e.block_size == self.shape.block_size]
+        return Program(
+            model=self.model,
+            block_size=self.shape.block_size,
+            fused=self.fused,
+            use_noise=any(e.options.temperature > 0 for e in entries),
+            use_filters=any(e.options.temperature > 0 and (e.options.top_k or e.options.top_p < 1) for e in entries),
+            use_entropy=any(strategy_code(e.options.strategy) == ENTROPY_BOUNDED for e in entries),
+        )
+
+    @property
+    def fused(self) -> bool:
+        """Whether a block is committed by the forward of the next one."""
+        if self.config.commit != "auto":
+            return self.config.commit == "fused"
+        return 2 * self.shape.block_size * self.shape.slots // self._shards <= FREE_TOKENS[target_platform()]
+
+    def _shard(self, n: int) -> int:
+        return n // (self.shape.slots // self._shards)
+
+    # Arrays
+
+    def _put(self, tree):
+        """Copies: what is given here changes while the device may still be reading."""
+        return jax.device_put(jax.tree.map(np.array, tree), self._place)
+
+    def _abstract_state(self) -> State:
+        N, S = self.shape.slots, self.shape.length
+        dtype = self.model.config.dtype if self.config.kv_dtype == "compute" else "int8"
+
+        def spec(dtype: str, *shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=self._place)
+
+        return State(
+            canvas=spec("int32", N, S), step_map=spec("int32", N, S), logprobs=spec("float32", N, S),
+            behaviour_logprobs=spec("float32", N, S), start=spec("int32", N), pending=spec("bool", N),
+            block_step=spec("int32", N), steps=spec("int32", N), forwards=spec("int32", N), done=spec("bool", N),
+            cache=cache_shapes(self.model, N, self._shards * self._pages, self.shape.page_size, self.shape.width,
+                               dtype),
+        )  # fmt: skip
+
+    def _empty_state(self) -> State:
+        """Every slot done."""
+        abstract = self._abstract_state()
+        state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), abstract)
+        return _replace(state, done=self._put(np.ones(self.shape.slots, bool)))
+
+    def memory_bytes(self) -> dict[str, int]:
+        """{"cache", "state"} on all devices together."""
+        state = self._abstract_state()
+        size = {name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+                for name, tree in (("cache", state.cache), ("all", state))}  # fmt: skip
+        return {"cache": size["cache"], "state": size["all"] - size["cache"]}
+
+    def traced(self, params: dict, waiting: deque[Entry]) -> dict[str, jax.stages.Traced]:
+        """"prefill" and "decode" of these requests for abstract parameters; nothing runs."""
+        everywhere = None if self._place is None else NamedSharding(self.model.mesh, PartitionSpec())
+
+        def spec(tree, sharding):
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=sharding), tree)
+
+        state, number = self._abstract_state(), spec(np.int32(0), everywhere)
+        program = self._program(waiting)
+        fresh = []
+        while waiting and (n := self._place_for(waiting[0])) is not None:
+            self.entries[n] = waiting.popleft()
+            fresh += [n] if self.entries[n].pages.start < self.entries[n].encoded else []
+        operands = spec(self._prompts(self._calls(fresh)[0]), self._place)
+        return {
+            "prefill": prefill.trace(self.model, params, state.cache, *operands, number),
+            "decode": decode.trace(
+                program, params, spec(self._banned, everywhere), spec(self._rows, self._place), state, number, number
+            ),
+        }
+
+
+def _replace(state: State, **changes) -> State:
+    return State(**{**{name: getattr(state, name) for name in State.__dataclass_fields__}, **changes})
+
+
+def _fetch(x: jax.Array) -> np.ndarray:
+    return np.asarray(jax.device_get(x))
+
+
+def _length_bucket(n: int) -> int:
+    """The smallest of 32, 48, 64, 96, 128, 192, .. not below n."""
+    size = max(SHORTEST, 1 << (max(n, 1) - 1).bit_length())
+    return size * 3 // 4 if size > SHORTEST and n <= size * 3 // 4 else size
+
+
+def _fraction_bucket(n: int, whole: int, factor: int) -> int:
+    """The smallest of whole, whole / factor, whole / factor^2, .. not below n, or whole."""
+    size = whole
+    while (smaller := math.ceil(size / factor)) >= n and smaller < size:
+        size = smaller
+    return size
+
+
+_COLUMNS: dict[str, tuple[type, Callable[[Entry], int | float | bool]]] = {
+    "prompt_len": (np.int32, lambda e: len(e.prompt_ids)),
+    "limit": (np.int32, lambda e: e.limit),
+    "strategy": (np.int32, lambda e: strategy_code(e.options.strategy)),
+    "denoising_steps": (np.int32, lambda e: e.options.denoising_steps or e.block_size),
+    "threshold": (np.float32, lambda e: e.options.threshold),
+    "entropy_bound": (np.float32, lambda e: e.options.entropy_bound),
+    "temperature": (np.float32, lambda e: e.options.temperature),
+    "top_k": (np.int32, lambda e: e.options.top_k),
+    "top_p": (np.float32, lambda e: e.options.top_p),
+    "truncated_confidence": (bool, lambda e: e.options.confidence == "truncated"),
+    "seed": (np.uint32, lambda e: e.options.seed),
+    "prompt_hash": (np.uint32, lambda e: e.prompt_hash),
+    "sample_index": (np.uint32, lambda e: e.sample_index),
+}
+
+
+def _empty_rows(shape: Shape) -> Rows:
+    """Host arrays for slots without a request; values that do no harm."""
+    columns = {name: np.zeros(shape.slots, dtype) for name, (dtype, _) in _COLUMNS.items()}
+    columns["denoising_steps"][:] = 1
+    columns["top_p"][:] = 1
+    return Rows(stop_ids=np.full((shape.slots, shape.stop_ids), -1, np.int32), **columns)
+
+
+def _set_row(rows: Rows, n: int, entry: Entry) -> None:
+    for name, (_, get) in _COLUMNS.items():
+        getattr(rows, name)[n] = get(entry)
+    rows.stop_ids[n] = -1
+    rows.stop_ids[n, : len(entry.stop_ids)] = entry.stop_ids
+
+
+def _trace(entry: Entry, canvas, step_map, logprobs, behaviour_logprobs, start, steps, forwards) -> Trace:
+    """Cut one slot's canvas [S] into completion and tail."""
+    first, last_end = len(entry.prompt_ids), int(start) + entry.block_size
+    end = min(entry.limit, last_end)
+    stops = np.flatnonzero(np.isin(canvas[first:end], entry.stop_ids))
+    if stops.size:
+        end = first + int(stops[0]) + 1
+    return Trace(
+        prompt_ids=entry.prompt_ids,
+        ids=canvas[first:end].copy(),
+        step_map=step_map[first:end].copy(),
+        logprobs=logprobs[first:end].copy(),
+        behaviour_logprobs=behaviour_logprobs[first:end].copy(),
+        tail_ids=canvas[end:last_end].copy(),
+        tail_step_map=step_map[end:last_end].copy(),
+        block_size=entry.block_size,
+        temperature=float(entry.options.temperature),
+        denoise_forwards=int(steps),
+        forwards=int(forwards),
+        stop_reason="stop" if stops.size else "length",
+        sample_index=entry.sample_index,
+    )
