@@ -82,7 +82,7 @@ def _local_draws(width, group, vocabulary, use_noise, use_entropy, split: Split,
         return tuple(x.reshape(N, Q) for x in draw(positions))
 
     wanted = wanted.reshape(R)
-    size = min(R, group or _group_size(R))
+    size = min(R, group or group_size(R))
     rank = jnp.where(wanted, jnp.cumsum(wanted) - 1, R)  # out of bounds, where the scatter drops it
     order = jnp.full(-(-R // size) * size, R).at[rank].set(jnp.arange(R), mode="drop")
 
@@ -97,8 +97,9 @@ def _local_draws(width, group, vocabulary, use_noise, use_entropy, split: Split,
     return tuple(x.reshape(N, Q) for x in results)
 
 
-def _group_size(R: int) -> int:
-    """A quarter of the positions, where that many keep the device busy: every group reads the whole head."""
+def group_size(R: int) -> int:
+    """How many of a device's R positions go through the head together: a quarter, where that many keep the device busy,
+    for every group reads the whole head."""
     least = 8 if target_platform() == "cpu" else 512
     return R if R < 4 * least else -(-R // 4)
 

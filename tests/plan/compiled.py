@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tracerl_jax.parallel.mesh import make_mesh
 from tracerl_jax.plan.estimate import COMPILER_OPTIONS
 from tracerl_jax.plan.hlo import Module, parse
+from tracerl_jax.plan.programs import PlannedProgram
 from tracerl_jax.plan.topology import compile_devices, missing_compiler, parse_topology
 
 ONE_CHIP = ("cpu", "v5e:1x1", "h100:1")
@@ -38,6 +39,13 @@ def compiled(topology: str, function, *shapes, mesh=None, specs=None, **options)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jax.jit(function).trace(*inputs).lower(lowering_platforms=(platform,))
         return parse(lowered.compile({**COMPILER_OPTIONS.get(platform, {}), **options}).as_text())
+
+
+def compile_program(program: PlannedProgram, platform: str, **options) -> Module:
+    """A program of a plan, compiled and parsed."""
+    with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
+        lowered = program.traced.lower(lowering_platforms=(platform,))
+        return parse(lowered.compile({**COMPILER_OPTIONS[platform], **options}).as_text())
 
 
 def array(*shape: int, dtype="float32") -> jax.ShapeDtypeStruct:

@@ -1,31 +1,32 @@
-"""`tracerl plan` end to end: a two-layer model with SDAR-8B's shapes on H100s, and a tiny one on a TPU slice.
+"""`tracerl plan` end to end: SDAR-8B's shapes in three layers on H100s and TPUs, and a tiny model on a TPU slice.
 
-Compiling takes most of the time, so the programs are compiled once and looked at by many tests.
+Compiling takes most of the time, so programs are compiled once and looked at by many tests. The TPU compiler is told to
+make less of an effort: a third of the time, and a program that is a little worse.
 """
 
 import contextlib
 import dataclasses
 import io
 import json
-import re
 
 import jax
 import pytest
-from compiled import mesh_of
+from buffers import arrays_of, gathers_of_all_layers
+from compiled import compile_program, mesh_of
 
 from tracerl_jax.config import RunConfig
 from tracerl_jax.config_io import load_config
+from tracerl_jax.diffusion.packing import pack
 from tracerl_jax.errors import ConfigError
 from tracerl_jax.launch.cli import main
 from tracerl_jax.models import PRESETS, ModelConfig
-from tracerl_jax.plan import estimate, programs, topology
-from tracerl_jax.plan.chips import GIB
-from tracerl_jax.plan.estimate import estimate_program, estimate_run
-from tracerl_jax.plan.hlo import Module, parse
+from tracerl_jax.plan import estimate, programs
+from tracerl_jax.plan.estimate import estimate_run
+from tracerl_jax.plan.hlo import parse
 from tracerl_jax.plan.kernel_costs import live_pairs
 from tracerl_jax.plan.programs import model_config, plan_run
 from tracerl_jax.plan.topology import parse_topology
-from tracerl_jax.plan.workload import Workload, assume
+from tracerl_jax.plan.workload import assume
 
 ROLLOUT = ["sync", "prefill", "decode"]
 POLICY = ["replay", "policy gradient", "policy apply"]
@@ -40,22 +41,26 @@ TINY_FLAGS = [
         "rl.row_length": 1024, "rl.minibatches": 2,
     }.items()
 ]  # fmt: skip
+# Prompts of 1500 tokens are encoded as 1536: no size of the model is confused with that.
+LONG_PROMPTS = "--config.task.max_prompt_tokens=1500"
+TOKENS = {"prefill": [1536], "decode": [256], "replay": [8192, 2048], "policy gradient": [8192, 2048],
+          "values": [8192, 2048], "value gradient": [8192, 2048]}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def presets():
-    """PRESETS with a tiny model, and SDAR-8B cut down to two layers."""
+    """PRESETS with a tiny model, and SDAR-8B cut down to three layers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", TINY)
-        patch.setitem(PRESETS, "sdar_8b", PRESETS["sdar_8b"].replace(num_layers=2))
+        patch.setitem(PRESETS, "sdar_8b", PRESETS["sdar_8b"].replace(num_layers=3))
         yield PRESETS
 
 
 @pytest.fixture(scope="module")
 def large(presets):
-    """(plan, config, workload, {program: its compiled text as data}) of rl_sdar_8b_math:value with two layers."""
+    """(plan, config, workload, {program: its compiled text as data}) of rl_sdar_8b_math:value with three layers."""
     mesh, texts = mesh_of("h100:8", 1, 8, 1), []
-    config = load_config(RunConfig, "rl_sdar_8b_math:value", [])
+    config = load_config(RunConfig, "rl_sdar_8b_math:value", [LONG_PROMPTS])
     workload = assume(config, 4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(estimate, "parse", lambda text: texts.append(parse(text)) or texts[-1])
@@ -84,10 +89,10 @@ def test_runs_are_those_of_an_rl_step(large):
     plan, config, workload, _ = large
     runs = {p.name: p.runs for p in plan.programs}
     responses = 128 * 32
-    assert (runs["sync"], runs["prefill"], runs["decode"]) == (1, responses / (64 * 8), responses / (64 * 8))
+    assert (runs["sync"], runs["decode"]) == (1, 1)
     # A response of 2000 tokens and its groups fill a row of 8192; 8 rows are a micro-batch.
-    assert runs["policy gradient"] == runs["value gradient"] == responses / 8
-    assert runs["replay"] == runs["values"] == responses / 8
+    for name in ("policy gradient", "value gradient", "replay", "values"):
+        assert runs[name] == responses / 8
     assert runs["policy apply"] == runs["value apply"] == config.rl.minibatches
     assert plan.response_tokens == responses * workload.response_tokens
 
@@ -104,9 +109,10 @@ def test_memory_adds_up(large):
         assert p.peak_bytes >= p.argument_bytes + p.temp_bytes
     assert plan.peak_bytes == max(p.peak_bytes for p in plan.programs)
     found = by_name(plan)
-    # Beside what stays: the sums of gradients; the decoding copy in bf16; and its cache.
+    # Beside what stays: the sums of gradients; the decoding copy in bf16; and its cache, of pages of 64 tokens.
     assert found["policy gradient"].argument_bytes == pytest.approx(2 * parameters, rel=0.02)
-    copy, cache = PRESETS["sdar_8b"].num_params() * 2, 64 * 3072 * 2 * 2 * 8 * 128 * 2
+    model = PRESETS["sdar_8b"]
+    copy, cache = model.num_params() * 2, 65 * 4096 * model.num_layers * 2 * 8 * 128 * 2
     assert found["sync"].peak_bytes - resident >= copy
     assert found["decode"].argument_bytes == pytest.approx(copy + cache, rel=0.02)
     assert found["decode"].temp_bytes < cache / 4  # the cache is updated in place
@@ -135,70 +141,198 @@ def test_flops_of_training(large):
     """2 per parameter and token forward, 4 backward, 2 again for what is recomputed; the head on targets only."""
     plan, config, workload, _ = large
     model, tokens, targets = PRESETS["sdar_8b"], 8192, 2048  # of a chip's row; 2000 targets in slots of 2048
-    intervals = programs._replays(config, model, workload, 1)  # noqa: SLF001
-    found = by_name(plan)
+    rows = pack([replay.item for replay in programs._replays(config, model, workload, 1)], row_length=tokens)
+    found = {p.name: p.cost.flops for p in plan.programs}
     body, head = 2 * layer_parameters(model) * tokens, 2 * model.width * model.vocab_size * targets
-    from tracerl_jax.diffusion.packing import pack
-
-    rows = pack([replay.item for replay in intervals], row_length=tokens)
     attention = 2 * 128 * live_pairs(rows.intervals) * model.num_heads * model.num_layers
-    assert found["replay"].cost.flops == pytest.approx(body + head + 2 * attention, rel=0.02)
-    assert found["values"].cost.flops == pytest.approx(body + 2 * attention, rel=0.02)
-    # Attention: scores and output, again when recomputed, and 3 + 4 products for the gradients.
-    gradient = 4 * body + 4 * head + (2 + 2 + 7) * attention
-    assert found["policy gradient"].cost.flops == pytest.approx(gradient, rel=0.02)
-    assert found["value gradient"].cost.flops == pytest.approx(gradient - 4 * head, rel=0.02)
-    assert found["policy apply"].cost.flops == 0
+    assert found["replay"] == pytest.approx(body + head + 2 * attention, rel=0.01)
+    assert found["values"] == pytest.approx(body + 2 * attention, rel=0.01)
+    # The last product of a layer is not needed again. Attention: scores and output, twice; 3 + 4 for the gradients.
+    again = body - 2 * model.num_layers * model.mlp_width * model.width * tokens
+    gradient = 3 * body + again + 4 * head + (2 + 2 + 7) * attention
+    assert found["policy gradient"] == pytest.approx(gradient, rel=0.01)
+    assert found["value gradient"] == pytest.approx(gradient - 4 * head, rel=0.01)
+    assert found["policy apply"] == found["sync"] == 0
 
 
 def test_cost_of_decoding(large):
     """Each forward reads every weight once and the committed keys and values of every slot."""
     plan, _, workload, _ = large
     model, slots, B = PRESETS["sdar_8b"], 64, 4
-    forwards = workload.response_tokens / workload.tokens_per_step + workload.response_tokens / B - 1
+    # 4096 responses in 512 slots; a forward for each denoise step and for each block but the last.
+    forwards = 8 * (workload.response_tokens / workload.tokens_per_step + workload.response_tokens / B - 1)
     found = by_name(plan)["decode"].cost
     weights = layer_parameters(model) + model.width * model.vocab_size
     live = workload.prompt_tokens + workload.response_tokens / 2
     attention = 4 * slots * B * (live + B) * model.num_heads * model.head_dim * model.num_layers
-    assert found.flops == pytest.approx(forwards * (2 * weights * slots * B + attention), rel=0.05)
+    assert found.flops == pytest.approx(forwards * (2 * weights * slots * B + attention), rel=0.02)
     cache = slots * live * model.num_layers * 2 * model.num_kv_heads * model.head_dim * 2
     needed = forwards * (2 * weights + cache)
-    assert needed <= found.hbm_bytes <= 3.5 * needed  # XLA:GPU copies each layer's weights out of their stack first
-    assert found.collective_bytes.total() < 1e6
+    # XLA:GPU copies each layer's weights, and windows of the head, out of their stack before it reads them.
+    assert needed <= found.hbm_bytes <= 3.5 * needed
+    assert found.kernels["decode_attention"] == pytest.approx(forwards * model.num_layers)
+    assert sum(found.collective_bytes.values()) < 1e6
 
 
 def test_bytes_sent_in_training(large):
-    """Weights are gathered in bf16 for the forward pass, for what is recomputed and for the backward pass; gradients
-    are summed in pieces."""
+    """Weights are gathered in bf16 for the forward pass and for the backward pass; gradients are summed in pieces."""
     plan, *_ = large
     found = by_name(plan)["policy gradient"].cost.collective_bytes
-    model, others = PRESETS["sdar_8b"], 7 / 8
+    model = PRESETS["sdar_8b"]
     body, head = 2 * layer_parameters(model), 2 * model.width * model.vocab_size
-    gathered, scattered = found["all-gather", "fsdp"], found["reduce-scatter", "fsdp"]
-    assert others * (2 * body + 2 * head) <= gathered <= others * 1.1 * (3 * body + 2 * head)
-    assert others * (body + head) <= scattered <= others * 1.1 * (2 * body + 2 * head)
+    assert found["all-gather", "fsdp"] == pytest.approx(7 / 8 * (2 * body + 2 * head), rel=0.02)
+    # The head's in float32.
+    assert found["reduce-scatter", "fsdp"] == pytest.approx(7 / 8 * (body + 2 * head), rel=0.02)
     assert {kind for kind, _ in found} <= {"all-gather", "reduce-scatter", "all-reduce", "all-to-all"}
 
 
 # What the compiled 8B programs hold: nothing that grows with tokens^2 or tokens x vocabulary, never all layers at once
 
 
-def largest_unlike(module: Module, *allowed: int) -> list[str]:
-    """The arrays of a program, largest first, but those of `allowed` sizes."""
+def check_buffers(name, module, model):
+    for tokens in TOKENS.get(name, ()):
+        assert not arrays_of(module, tokens, tokens)
+        assert not arrays_of(module, tokens, model.vocab_size)
+    if name != "sync":  # which makes the copy that decoding reads
+        assert not gathers_of_all_layers(module, model)
 
 
-def check_buffers(module: Module, model: ModelConfig, tokens: int, layers: int) -> None:
-    """No array of tokens^2 or tokens x vocabulary elements, and no collective that returns the weights of all layers.
+@pytest.mark.parametrize("name", [*ROLLOUT, *POLICY, *VALUE])
+def test_buffers_of_8b_programs_on_gpus(large, name):
+    check_buffers(name, large[3][name], PRESETS["sdar_8b"])
 
-    An array of N tokens may have dimensions split and merged, so it is known by its number of elements: none may be as
-    large as tokens^2 (a mask) or tokens * V (logits), unless it is made of the model's own parameters or cache.
-    """
-    for scope in module.computations.values():
-        for i in scope.values():
-            for a in i.outputs:
-                assert a.shape.count(tokens) < 2, f"{i.name} is {a.dtype}{list(a.shape)}"
-                whole = model.vocab_size in a.shape and tokens in a.shape
-                assert not whole, f"{i.name} is {a.dtype}{list(a.shape)}"
-            if i.opcode.startswith("all-gather"):
-                for a in i.outputs:
-                    assert a.shape[:1] != (layers,) or len(a.shape) < 3, f"{i.name} gathers {a.dtype}{list(a.shape)}"
+
+def test_buffers_of_8b_replay_on_tpus(presets):
+    config = load_config(RunConfig, "rl_sdar_8b_math", [LONG_PROMPTS])
+    run = plan_run(config, mesh_of("v5p:2x2x2", 1, 8, 1), assume(config, 4))
+    (replay,) = [program for program in run.programs if program.name == "replay"]
+    check_buffers("replay", compile_program(replay, "tpu", exec_time_optimization_effort=-1.0), PRESETS["sdar_8b"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology, chips", [("v5p:2x2x2", 8), ("v5p:4x4x4", 64), ("h100:16", 16)])
+def test_buffers_of_real_8b_programs(topology, chips):
+    config = load_config(RunConfig, "rl_sdar_8b_math:value", [LONG_PROMPTS])
+    run = plan_run(config, mesh_of(topology, 1, chips, 1), assume(config, 4))
+    assert run.model.config.num_layers == 36
+    for program in run.programs:
+        module = compile_program(program, parse_topology(topology).chip.platform)
+        check_buffers(program.name, module, run.model.config)
+
+
+# The command
+
+
+def run_command(*argv):
+    """(exit status, stdout, stderr) of `tracerl plan`."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(["plan", *argv])
+    return status, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def low_effort():
+    before = jax.config.jax_exec_time_optimization_effort
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    yield
+    jax.config.update("jax_exec_time_optimization_effort", before)
+
+
+@pytest.fixture(scope="module")
+def tiny_json(presets, low_effort):
+    mesh_of("v5e:2x2", 1, 4, 1)  # skips where there is no compiler
+    return run_command("--config", "rl_sdar_4b_math", *TINY_FLAGS, "--topology", "v5e:2x2", "--json")
+
+
+def test_json_of_a_run_that_fits(tiny_json):
+    status, out, _ = tiny_json
+    assert status == 0
+    document = json.loads(out)
+    assert document["fits"] is True and document["knobs"] == []
+    assert (document["config"], document["topology"], document["chips"]) == ("rl_sdar_4b_math", "v5e:2x2", 4)
+    found = {p["name"]: p for p in document["programs"]}
+    assert list(found) == [*ROLLOUT, *POLICY]
+    for p in found.values():
+        assert p["seconds"] == max(p["compute_seconds"], p["hbm_seconds"], p["link_seconds"])
+        assert p["peak_bytes"] <= document["peak_bytes"] < document["hbm_bytes"]
+        assert p["not_counted"] == []
+    assert document["step_seconds"] == pytest.approx(sum(p["runs_per_step"] * p["seconds"] for p in found.values()))
+    assert found["policy gradient"]["kernels"] == {"attention_forward": 6, "attention_backward": 3}
+
+
+def test_flops_of_the_tiny_gradient_double_with_its_rows(presets, low_effort, tiny_json):
+    document = json.loads(tiny_json[1])
+    config = load_config(RunConfig, "rl_sdar_4b_math", [*TINY_FLAGS, "--config.rl.rows_per_device=2"])
+    mesh = mesh_of("v5e:2x2", 1, 4, 1)
+    run = plan_run(config, mesh, assume(config, 4))
+    run = dataclasses.replace(run, programs=[p for p in run.programs if p.name == "policy gradient"])
+    (two,) = estimate_run(run, parse_topology("v5e:2x2"), mesh).programs
+    (one,) = [p for p in document["programs"] if p["name"] == "policy gradient"]
+    assert two.cost.flops == pytest.approx(2 * one["flops"], rel=0.02)
+    assert two.runs == pytest.approx(one["runs_per_step"] / 2)
+
+
+def test_what_does_not_fit_is_said_with_status_1(presets, low_effort, monkeypatch):
+    def only_rollout(*args):
+        run = plan_run(*args)
+        return dataclasses.replace(run, programs=[p for p in run.programs if p.name in ROLLOUT])
+
+    monkeypatch.setattr(programs, "plan_run", only_rollout)
+    mesh_of("v5e:1x1", 1, 1, 1)
+    status, out, err = run_command(
+        "--config", "rl_sdar_4b_math", *TINY_FLAGS, "--topology", "v5e:1x1", "--config.rollout.slots_per_device=2000",
+        "--config.rollout.prompts_per_step=500", "--config.rollout.max_tokens=8000",
+    )  # fmt: skip
+    assert status == 1
+    assert "DOES NOT FIT: at least" in out and "rollout.slots_per_device (2000)" in out
+    assert err.endswith("tracerl plan: does not fit\n")
+
+
+@pytest.mark.slow
+def test_8b_on_one_small_chip():
+    status, out, _ = run_command("--config", "rl_sdar_8b_math", "--topology", "v5e:1x1", "--json")
+    document = json.loads(out)
+    assert status == 1 and not document["fits"]
+    assert "mesh.fsdp (1)" in document["knobs"][0]
+    assert all(p["overflow"] for p in document["programs"] if p["name"] in ("decode", "policy gradient"))
+
+
+@pytest.mark.parametrize(
+    "argv, complaint",
+    [
+        (["--topology", "b200:8"], "topology 'b200:8': unknown chip 'b200'"),
+        (["--topology", "v5p:4x4x4", "--config.mesh.fsdp=3"], "mesh (data=1, fsdp=3, tensor=1) needs 3 devices but there"),
+        (["--topology", "v5e:2x4", "--config.mesh.fsdp=1", "--config.mesh.tensor=8", "--config.mesh.data=1",
+          "--config.model.path=none", "--config.model.preset=sdar_tiny"], "model.num_heads: 4 (heads) cannot be split"),
+        (["--topology", "h100:8", "--config.model.path=NoSuch-7B"], "no folder here and no preset has its name"),
+        (["--topology", "h100:8", "--config.model.path=none", "--config.model.preset=x"], "unknown model.preset 'x'"),
+        (["--topology", "h100:8", "--config.rl.rows=1"], "unknown key rl.rows"),
+        (["--topology", "h100:8", "--config.rollout.strategy=fast"], "strategy is 'fast'"),
+        (["--topology", "h100:8", "--prompt_tokens", "0"], "at least one prompt token"),
+        (["--topology", "h100:8", "--response_tokens", "5000"], "response_tokens is 5000, more than rollout.max_tokens"),
+        (["--topology", "h100:8", "--tokens_per_step", "9"], "tokens_per_step is 9.0, more than the block size, 4"),
+        (["--topology", "h100:8", "--kept_fraction", "2"], "kept_fraction is 2.0"),
+        (["--topology", "h100:8", "--config.rollout.tensor=3"], "rollout.tensor is 3"),
+        ([], "required: --topology"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence_and_status_2(argv, complaint):
+    status, out, err = run_command("--config", "rl_sdar_4b_math", *argv)
+    assert (status, out) == (2, "")
+    assert complaint in err and "Traceback" not in err
+    assert len([line for line in err.splitlines() if line.startswith("tracerl: error: ")]) == 1
+
+
+def test_models_behind_names(presets, tmp_path):
+    def preset_of(path):
+        config = load_config(RunConfig, "rl_sdar_4b_math", [f"--config.model.path={path}"])
+        found = model_config(config)
+        assert (found.dtype, found.remat) == ("bfloat16", "full")
+        return next(name for name, preset in PRESETS.items() if preset.replace(dtype="bfloat16", remat="full") == found)
+
+    assert preset_of("SDAR-4B-Chat") == "sdar_4b"
+    assert preset_of("models/SDAR-1.7B-Chat") == "sdar_1_7b"
+    assert preset_of("JetLM/SDAR-30B-A3B-Chat-b32") == "sdar_30b_a3b"
+    with pytest.raises(ConfigError, match="no preset has its name"):
+        preset_of("SDAR-400B")

@@ -110,8 +110,9 @@ class _Walk:
         return result, 1.0
 
     def loop(self, i: Instruction, where: str) -> tuple[Cost, float]:
-        times = next((n for end, n in self.loops.items() if i.op_name.endswith(end)), None)
-        times = self.lengths.length(i, where) if times is None else times
+        times = self.lengths.length(i, where)
+        if times is None:
+            times = next((n for end, n in self.loops.items() if i.op_name.endswith(end)), None)
         once = Cost(unknown_loops=set() if times is not None else {i.op_name or i.name})
         once.add(self.computation(i.called("body")))
         once.add(self.computation(i.called("condition")))

@@ -54,15 +54,19 @@ def attention_cost(config: ModelConfig, mesh: Mesh, intervals: np.ndarray, rows:
     return cost
 
 
-def decode_cost(config: ModelConfig, mesh: Mesh, slots: int, queries: int, live_tokens: float) -> KernelCost:
+def decode_cost(
+    config: ModelConfig, mesh: Mesh, slots: int, queries: int, live_tokens: float, kv_dtype: str = "compute"
+) -> KernelCost:
     """Of a decode program of `slots` sequences over the whole mesh, `queries` new tokens each and `live_tokens`
-    committed ones, on average over its forwards."""
+    committed ones, on average over its forwards. kv_dtype: of the cache, "compute" or "int8"."""
     rows, tensor = slots / row_shards(mesh), mesh.shape["tensor"]
-    vector = config.head_dim * jnp.dtype(config.dtype).itemsize / tensor
     flops = 4.0 * rows * queries * (live_tokens + queries) * config.num_heads / tensor * config.head_dim
-    cached, new = live_tokens * 2 * config.num_kv_heads, queries * 2 * (config.num_heads + config.num_kv_heads)
+    vector = config.head_dim * jnp.dtype(config.dtype).itemsize
+    cached = config.head_dim + 4 if kv_dtype == "int8" else vector  # with a scale
+    new = queries * 2 * (config.num_heads + config.num_kv_heads) * vector
+    moved = rows * (live_tokens * 2 * config.num_kv_heads * cached + new) / tensor
 
     def cost(instruction, operands):
-        return (flops, rows * (cached + new) * vector) if kernel_name(instruction) == "decode_attention" else None
+        return (flops, moved) if kernel_name(instruction) == "decode_attention" else None
 
     return cost

@@ -17,6 +17,7 @@ from tracerl_jax.data.prompts import Problem
 from tracerl_jax.errors import ConfigError
 from tracerl_jax.interop.hf_config import read_model_config
 from tracerl_jax.kernels.decode.chunked import CHUNK
+from tracerl_jax.kernels.logprob.draws import group_size
 from tracerl_jax.models import PRESETS, Model, ModelConfig
 from tracerl_jax.parallel.sharding import batch_sharding, row_shards
 from tracerl_jax.plan.hlo_cost import KernelCost
@@ -141,8 +142,9 @@ def _rollout_programs(config: RunConfig, model: Model, policy: Any, workload: Wo
     sync = [PlannedProgram("sync", convert.trace(model, policy), mesh, 1, policy)] if copied else []
     prompts = _block_causal(*traced["prefill"].args_info[0][2].shape, B)
     calls = math.ceil(section.prompts_per_step / shards / (len(prompts) // shards))
-    # A quarter of the positions of a step goes through the head at a time; of a step's masked positions the mean.
-    head_groups = math.ceil(4 * (workload.tokens_per_step + B) / (2 * B))
+    # The head sees the positions still masked, (tokens_per_step + B) / 2 of a block on average, a group at a time.
+    positions = min(slots, samples) / shards * B
+    head_groups = math.ceil((workload.tokens_per_step + B) / (2 * B) * positions / group_size(round(positions)))
     return sync + [
         PlannedProgram(
             "prefill", traced["prefill"], mesh, calls, kept,
@@ -153,7 +155,7 @@ def _rollout_programs(config: RunConfig, model: Model, policy: Any, workload: Wo
             # Of the engine, of the fused head, and of `chunked_decode_attention` for backends without a kernel.
             {"jit(decode)/while": forwards, "body/shard_map/while": head_groups,
              "attention/shard_map/while": math.ceil(live / CHUNK)},
-            decode_cost(model.config, mesh, min(slots, samples), (1 + fused) * B, live),
+            decode_cost(model.config, mesh, min(slots, samples), (1 + fused) * B, live, section.kv_dtype),
         ),
     ]  # fmt: skip
 
