@@ -9,7 +9,8 @@ from tracerl_jax.plan.hlo import Array, Instruction, Module
 
 def buffers(module: Module) -> list[tuple[Instruction, Array]]:
     """(instruction, result) of all that is written to memory: what is inside a fusion is not."""
-    fused = {i.called("calls") for scope in module.computations.values() for i in scope.values() if i.opcode == "fusion"}
+    everything = [i for scope in module.computations.values() for i in scope.values()]
+    fused = {i.called("calls") for i in everything if i.opcode == "fusion"}
     return [
         (i, array)
         for name, scope in module.computations.items()

@@ -57,8 +57,8 @@ def test_links_of_gpus(name, sizes, axes, rate):
 
 
 def test_what_the_compiler_says_of_too_large_programs():
-    whole = ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 18.25G of "
-             "15.75G hbm. Exceeded hbm capacity by 2.50G.")  # fmt: skip
+    whole = ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 18.25G "
+             "of 15.75G hbm. Exceeded hbm capacity by 2.50G.")  # fmt: skip
     besides = ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (33.83G) "
                "exceeds available HBM (15.75G).")  # fmt: skip
     resident, own = 3.0 * GIB, 2.0 * GIB
@@ -97,9 +97,9 @@ def test_knobs_name_what_does_not_fit():
     def keys(*programs, config=CONFIG, **how):
         text = " ".join(knobs(plan(*programs, **how), config))
         return {key for key in (
-            "rollout.slots_per_device (64)", "rollout.max_tokens (2000)", "rollout.tensor (1)", "rl.rows_per_device (1)",
-            "rl.row_length (8192)", "mesh.fsdp", "mesh.tensor (1)", "value.shared_trunk=true", "model.dtype=bfloat16",
-            "model.remat=full", "XLA_PYTHON_CLIENT_MEM_FRACTION",
+            "rollout.slots_per_device (64)", "rollout.max_tokens (2000)", "rollout.tensor (1)",
+            "rl.rows_per_device (1)", "rl.row_length (8192)", "mesh.fsdp", "mesh.tensor (1)",
+            "value.shared_trunk=true", "model.dtype=bfloat16", "model.remat=full", "XLA_PYTHON_CLIENT_MEM_FRACTION",
         ) if key in text}  # fmt: skip
 
     rollout = {"rollout.slots_per_device (64)", "rollout.max_tokens (2000)", "rollout.tensor (1)"}
@@ -122,7 +122,8 @@ def test_text_says_what_is_assumed_and_not_counted():
     for part in (
         "rl_sdar_4b_math_value on h100:8: 8 chips with 10.0 GiB each", "of 79.1 GiB (XLA_PYTHON_CLIENT_MEM_FRACTION)",
         "mesh: data 1 x fsdp 8 x tensor 1, in decoding data 8 x fsdp 1 x tensor 1",
-        "prompts of 784 and responses of 500 tokens", "784 and 2000", "2.5 tokens per denoise step", "50% of the responses",
+        "prompts of 784 and responses of 500 tokens", "784 and 2000", "2.5 tokens per denoise step",
+        "50% of the responses",
         "policy optimizer 1.9 GiB", "all-gather over fsdp 5.00", "decode: mystery", "decode: loop jit(f)/while",
         "fits: 5.0 GiB of 10.0 GiB (decode)", "800,000 response tokens/s, 100,000 per chip",
     ):  # fmt: skip
@@ -145,4 +146,6 @@ def test_a_plan_as_json():
     assert (decode["flops"], decode["bound"], decode["seconds"]) == (2e12, "HBM", 0.02)
     assert (prefill["peak_bytes"], prefill["overflow"]) == (33 * GIB, "Ran out of memory")
     assert prefill["flops"] is prefill["seconds"] is prefill["temp_bytes"] is None
-    assert document["workload"] == {"prompt_tokens": 784, "response_tokens": 2000, "tokens_per_step": 2.6, "kept_fraction": 1}
+    assert document["workload"] == {
+        "prompt_tokens": 784, "response_tokens": 2000, "tokens_per_step": 2.6, "kept_fraction": 1
+    }  # fmt: skip

@@ -48,8 +48,8 @@ def test_parse():
 
 
 def test_array_sizes():
-    bytes_of = {text: [a.bytes for a in arrays(text)] for text in ("s4[10]", "pred[]", "f8e4m3fn[3]", "c64[2]{0}", "token[]")}
-    assert bytes_of == {"s4[10]": [5], "pred[]": [1], "f8e4m3fn[3]": [3], "c64[2]{0}": [16], "token[]": []}
+    sizes = {"s4[10]": [5], "pred[]": [1], "f8e4m3fn[3]": [3], "c64[2]{0}": [16], "token[]": []}
+    assert {text: [a.bytes for a in arrays(text)] for text in sizes} == sizes
     assert [a.elements for a in arrays("(f32[2,3]{1,0:T(8,128)S(1)}, s32[])")] == [6, 1]
 
 

@@ -1,4 +1,4 @@
-"""`tracerl plan` end to end: SDAR-8B's shapes in three layers on H100s and TPUs, and a tiny model on a TPU slice.
+"""`tracerl plan` end to end: SDAR-8B's shapes in five layers on H100s and TPUs, and a tiny model on a TPU slice.
 
 Compiling takes most of the time, so programs are compiled once and looked at by many tests. The TPU compiler is told to
 make less of an effort: a third of the time, and a program that is a little worse.
@@ -49,16 +49,16 @@ TOKENS = {"prefill": [1536], "decode": [256], "replay": [8192, 2048], "policy gr
 
 @pytest.fixture(scope="module")
 def presets():
-    """PRESETS with a tiny model, and SDAR-8B cut down to three layers."""
+    """PRESETS with a tiny model, and SDAR-8B cut down to five layers (a size that no other is confused with)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", TINY)
-        patch.setitem(PRESETS, "sdar_8b", PRESETS["sdar_8b"].replace(num_layers=3))
+        patch.setitem(PRESETS, "sdar_8b", PRESETS["sdar_8b"].replace(num_layers=5))
         yield PRESETS
 
 
 @pytest.fixture(scope="module")
 def large(presets):
-    """(plan, config, workload, {program: its compiled text as data}) of rl_sdar_8b_math:value with three layers."""
+    """(plan, config, workload, {program: its compiled text as data}) of rl_sdar_8b_math:value with five layers."""
     mesh, texts = mesh_of("h100:8", 1, 8, 1), []
     config = load_config(RunConfig, "rl_sdar_8b_math:value", [LONG_PROMPTS])
     workload = assume(config, 4)
@@ -245,7 +245,23 @@ def tiny_json(presets, low_effort):
     return run_command("--config", "rl_sdar_4b_math", *TINY_FLAGS, "--topology", "v5e:2x2", "--json")
 
 
-def test_json_of_a_run_that_fits(tiny_json):
+def test_output_of_a_run_that_fits(presets, large, monkeypatch):
+    """The command around what the tests above look at."""
+    monkeypatch.setattr(programs, "plan_run", lambda *args: None)
+    monkeypatch.setattr(estimate, "estimate_run", lambda *args: large[0])
+    flags = ["--config", "rl_sdar_8b_math:value", LONG_PROMPTS, "--topology", "h100:8"]
+    status, out, _ = run_command(*flags)
+    assert status == 0 and "fits: " in out and "policy gradient" in out
+    status, out, _ = run_command(*flags, "--json")
+    document = json.loads(out)
+    assert status == 0 and document["fits"] is True and document["config"] == "rl_sdar_8b_math:value"
+    assert document["workload"] == {
+        "prompt_tokens": 1500, "response_tokens": 2000, "tokens_per_step": 2.6, "kept_fraction": 1
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_json_of_a_tiny_run_on_tpus(tiny_json):
     status, out, _ = tiny_json
     assert status == 0
     document = json.loads(out)
@@ -261,6 +277,7 @@ def test_json_of_a_run_that_fits(tiny_json):
     assert found["policy gradient"]["kernels"] == {"attention_forward": 6, "attention_backward": 3}
 
 
+@pytest.mark.slow
 def test_flops_of_the_tiny_gradient_double_with_its_rows(presets, low_effort, tiny_json):
     document = json.loads(tiny_json[1])
     config = load_config(RunConfig, "rl_sdar_4b_math", [*TINY_FLAGS, "--config.rl.rows_per_device=2"])
@@ -281,11 +298,12 @@ def test_what_does_not_fit_is_said_with_status_1(presets, low_effort, monkeypatc
     monkeypatch.setattr(programs, "plan_run", only_rollout)
     mesh_of("v5e:1x1", 1, 1, 1)
     status, out, err = run_command(
-        "--config", "rl_sdar_4b_math", *TINY_FLAGS, "--topology", "v5e:1x1", "--config.rollout.slots_per_device=2000",
-        "--config.rollout.prompts_per_step=500", "--config.rollout.max_tokens=8000",
+        "--config", "rl_sdar_4b_math", *TINY_FLAGS, "--topology", "v5e:1x1", "--config.rollout.slots_per_device=700",
+        "--config.rollout.prompts_per_step=175", "--config.rollout.max_tokens=16000",
+        "--config.rl.row_length=8192",
     )  # fmt: skip
     assert status == 1
-    assert "DOES NOT FIT: at least" in out and "rollout.slots_per_device (2000)" in out
+    assert "DOES NOT FIT: at least" in out and "rollout.slots_per_device (700)" in out
     assert err.endswith("tracerl plan: does not fit\n")
 
 
@@ -302,18 +320,19 @@ def test_8b_on_one_small_chip():
     "argv, complaint",
     [
         (["--topology", "b200:8"], "topology 'b200:8': unknown chip 'b200'"),
-        (["--topology", "v5p:4x4x4", "--config.mesh.fsdp=3"], "mesh (data=1, fsdp=3, tensor=1) needs 3 devices but there"),
+        (["--topology", "v5p:4x4x4", "--config.mesh.fsdp=3"], "mesh (data=1, fsdp=3, tensor=1) needs 3 devices but"),
         (["--topology", "v5e:2x4", "--config.mesh.fsdp=1", "--config.mesh.tensor=8", "--config.mesh.data=1",
           "--config.model.path=none", "--config.model.preset=sdar_tiny"], "model.num_heads: 4 (heads) cannot be split"),
         (["--topology", "h100:8", "--config.model.path=NoSuch-7B"], "no folder here and no preset has its name"),
         (["--topology", "h100:8", "--config.model.path=none", "--config.model.preset=x"], "unknown model.preset 'x'"),
-        (["--topology", "h100:8", "--config.rl.rows=1"], "unknown key rl.rows"),
+        (["--topology", "h100:8", "--config.rl.rows=1"], "--config.rl.rows: unknown key"),
         (["--topology", "h100:8", "--config.rollout.strategy=fast"], "strategy is 'fast'"),
         (["--topology", "h100:8", "--prompt_tokens", "0"], "at least one prompt token"),
-        (["--topology", "h100:8", "--response_tokens", "5000"], "response_tokens is 5000, more than rollout.max_tokens"),
+        (["--topology", "h100:8", "--response_tokens", "5000"], "response_tokens is 5000, more than rollout.max_"),
         (["--topology", "h100:8", "--tokens_per_step", "9"], "tokens_per_step is 9.0, more than the block size, 4"),
         (["--topology", "h100:8", "--kept_fraction", "2"], "kept_fraction is 2.0"),
         (["--topology", "h100:8", "--config.rollout.tensor=3"], "rollout.tensor is 3"),
+        (["--topology", "h100:8", "--config.model.attention=flash"], "attention: unknown implementation 'flash'"),
         ([], "required: --topology"),
     ],
 )  # fmt: skip

@@ -79,6 +79,19 @@ def test_a_wrong_key_or_value_is_named_and_may_be_mended_under_the_same_name(tmp
         pass
 
 
+def test_a_key_that_came_after_the_run_has_its_default(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    stored = json.loads(path.read_text())
+    del stored["rollout"]["temperature"], stored["checkpoint"]
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match=r"rollout\.temperature: 1\.0 -> 0\.5"):
+        Run(tiny(tmp_path, **FULL, rollout__temperature=0.5))
+    with Run(tiny(tmp_path, **FULL)):
+        pass
+    assert json.loads(path.read_text())["rollout"]["temperature"] == 1.0
+
+
 # Rows
 
 

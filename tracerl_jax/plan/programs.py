@@ -32,6 +32,8 @@ from tracerl_jax.training.run import rollout_options
 
 log = logging.getLogger(__name__)
 
+KERNELS = ("attention:", "decode_attention:", "token_logprobs:", "sample_tokens:")  # how their errors begin
+
 # Responses that are really packed to find the shapes of micro-batches; the number of rows is scaled up from them.
 PACKED_SAMPLES = 64
 
@@ -98,11 +100,16 @@ def plan_run(config: RunConfig, mesh: Mesh, workload: Workload) -> PlannedRun:
     )
     resident = _resident(config, learner)
     decoder = rollout_model(model, config.rollout.tensor)
-    # Kernels are chosen for the devices of the mesh in force.
-    with jax.sharding.use_abstract_mesh(decoder.mesh.abstract_mesh):
-        programs = _rollout_programs(config, decoder, resident["policy"], workload)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        programs += _training_programs(config, learner, resident, workload)
+    try:
+        # Kernels are chosen for the devices of the mesh in force.
+        with jax.sharding.use_abstract_mesh(decoder.mesh.abstract_mesh):
+            programs = _rollout_programs(config, decoder, resident["policy"], workload)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            programs += _training_programs(config, learner, resident, workload)
+    except ValueError as error:
+        if not str(error).startswith(KERNELS):
+            raise
+        raise ConfigError(str(error)) from error  # a kernel that is not made for these sizes says so
     return PlannedRun(model, decoder.mesh, programs, resident, _samples(config) * workload.response_tokens)
 
 

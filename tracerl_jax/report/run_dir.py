@@ -18,7 +18,7 @@ import fnmatch
 import json
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +62,22 @@ class RunDir:
         """The config the run was made with; {} before `write_config`."""
         return read_json(self.path / CONFIG)
 
-    def write_config(self, config: Mapping[str, Any], changeable: Sequence[str] = CHANGEABLE) -> dict[str, tuple]:
+    def write_config(
+        self,
+        config: Mapping[str, Any],
+        changeable: Sequence[str] = CHANGEABLE,
+        complete: Callable[[Row], Mapping[str, Any]] = dict,
+    ) -> dict[str, tuple]:
         """Store the resolved config of a new run, or hold an existing run to it.
 
-        Returns the accepted changes {dotted key: (old, new)}; `changeable` are shell patterns of dotted keys. Raises
-        ConfigError with a diff when any other key differs.
+        Returns the accepted changes {dotted key: (old, new)}; `changeable` are shell patterns of dotted keys. `complete`
+        gives a stored config the keys that it lacks because an earlier version wrote it. Raises ConfigError with a diff
+        when any other key differs.
         """
         new = json.loads(json.dumps(config, default=str))  # as a reader will see it: tuples are lists
         changes = {}
         if (self.path / CONFIG).exists():
-            changes = compare_configs(self.config, new)
+            changes = compare_configs(complete(self.config), new)
             refused = {k: v for k, v in changes.items() if not any(fnmatch.fnmatch(k, p) for p in changeable)}
             if refused:
                 raise ConfigError(

@@ -79,7 +79,7 @@ class Run:
             if self.folder.config and self._is_untouched():
                 self.folder.forget_config()
             if self.folder.config:
-                self.folder.write_config(config_io.to_dict(config))
+                self._write_config()
             self.task = self._load_task()
             self.model = self._open_model()
             config.check_states(self.model.config.block_size)
@@ -89,7 +89,7 @@ class Run:
             self.test_problems = self._problems(self.task.test) if self.task.test else []
             self._check_lengths()
             # A new run folder is tied to its config only now: what failed above may be mended under the same name.
-            self.folder.write_config(config_io.to_dict(config))
+            self._write_config()
             self.checkpointer = Checkpointer(self.path, config.checkpoint)
             self._exit.callback(self.checkpointer.close)
             self.stop = self._exit.enter_context(StopSignal())
@@ -109,6 +109,9 @@ class Run:
         rows = [self.path / name for name in (METRICS, SAMPLES)]
         saved = [*self.path.glob("checkpoints/*"), *self.path.glob("damaged-checkpoint-*")]
         return not saved and not any(path.exists() and path.stat().st_size for path in rows)
+
+    def _write_config(self) -> None:
+        self.folder.write_config(config_io.to_dict(self.config), complete=with_defaults)
 
     def _check_lengths(self) -> None:
         """Raises ConfigError when a prompt and what may be decoded behind it are longer than the model allows."""
@@ -295,6 +298,14 @@ def eval_protocols(config: RunConfig) -> dict[str, SamplingOptions]:
         }
     except ConfigError as error:
         raise ConfigError(f"eval: {error}") from None
+
+
+def with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored config with the defaults of keys that have come since; as it is if it has keys that are gone."""
+    try:
+        return config_io.to_dict(config_io.from_dict(RunConfig, stored))
+    except ConfigError:
+        return stored
 
 
 def versions() -> dict[str, str]:
