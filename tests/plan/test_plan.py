@@ -291,16 +291,11 @@ def test_flops_of_the_tiny_gradient_double_with_its_rows(presets, low_effort, ti
 
 
 def test_what_does_not_fit_is_said_with_status_1(presets, low_effort, monkeypatch):
-    def only_rollout(*args):
-        run = plan_run(*args)
-        return dataclasses.replace(run, programs=[p for p in run.programs if p.name in ROLLOUT])
-
-    monkeypatch.setattr(programs, "plan_run", only_rollout)
+    monkeypatch.setattr(programs, "_training_programs", lambda *args: [])
     mesh_of("v5e:1x1", 1, 1, 1)
     status, out, err = run_command(
         "--config", "rl_sdar_4b_math", *TINY_FLAGS, "--topology", "v5e:1x1", "--config.rollout.slots_per_device=700",
         "--config.rollout.prompts_per_step=175", "--config.rollout.max_tokens=16000",
-        "--config.rl.row_length=8192",
     )  # fmt: skip
     assert status == 1
     assert "DOES NOT FIT: at least" in out and "rollout.slots_per_device (700)" in out

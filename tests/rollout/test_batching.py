@@ -1,6 +1,7 @@
 """Continuous batching: what a request gets does not depend on how the engine is set up or what else it does."""
 
 import itertools
+import resource
 
 import jax
 import numpy as np
@@ -199,3 +200,27 @@ def test_what_can_never_fit_is_refused_at_once():
         make_engine().submit(Request(STEM, SamplingOptions(max_tokens=40)))
     with pytest.raises(DataError, match="the cache has 3 pages of 8 tokens"):
         make_engine(pages=3).submit(Request(STEM, SamplingOptions(max_tokens=8)))
+
+
+@pytest.mark.slow
+def test_thousands_of_requests_come_and_go():
+    """Every request is answered once or cancelled, nothing is held at the end, and the process does not grow."""
+    engine, rng = make_engine(16, forwards_per_chunk=4, pages=40), np.random.default_rng(0)
+    stems = [rng.integers(20, 60, 24).tolist() for _ in range(5)]
+    prompts = [[*stem[: rng.integers(1, 25)], *rng.integers(0, 300, rng.integers(1, 6)).tolist()]
+               for stem in stems for _ in range(8)]  # fmt: skip
+    requests, answered, cancelled, sizes = draw_requests(5000, 1, prompts), {}, set(), []
+    numbers: list[int] = []
+    while len(numbers) < len(requests) or engine.busy:
+        for request in requests[len(numbers) : len(numbers) + int(rng.integers(0, 12))]:
+            numbers.append(engine.submit(request))
+        finished = engine.step()
+        assert not finished.keys() & (answered.keys() | cancelled)
+        answered |= dict.fromkeys(finished)
+        for number in rng.choice(numbers[-40:], size=rng.integers(2)).tolist() if numbers else []:
+            if engine.cancel(number):
+                cancelled.add(number)
+        sizes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    assert answered.keys() | cancelled == set(numbers) and len(numbers) == 5000 and len(cancelled) > 100
+    assert all(pool.held == 0 for pool in engine._batch._pools)
+    assert sizes[-1] < 1.05 * sizes[len(sizes) // 2]
