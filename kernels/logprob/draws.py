@@ -83,8 +83,9 @@ def _local_draws(width, group, vocabulary, use_noise, use_entropy, split: Split,
 
     wanted = wanted.reshape(R)
     size = min(R, group or group_size(R))
-    rank = jnp.where(wanted, jnp.cumsum(wanted) - 1, R)  # out of bounds, where the scatter drops it
-    order = jnp.full(-(-R // size) * size, R).at[rank].set(jnp.arange(R), mode="drop")
+    length = -(-R // size) * size
+    rank = jnp.where(wanted, jnp.cumsum(wanted) - 1, length)  # out of bounds, where the scatter drops it
+    order = jnp.full(length, R).at[rank].set(jnp.arange(R), mode="drop")
 
     def run_group(g, results):
         index = jax.lax.dynamic_slice_in_dim(order, g * size, size)

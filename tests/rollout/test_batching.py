@@ -131,6 +131,59 @@ def test_a_closed_stream_cancels_the_rest():
     assert len(list(engine.generate(REQUESTS[:3]))) == 3
 
 
+def test_streams_do_not_take_each_others_results(expected):
+    engine = make_engine(3)
+    number = engine.submit(REQUESTS[0])
+    pairs = list(zip(engine.generate(REQUESTS[1:6]), engine.generate(REQUESTS[6:11]), strict=True))
+    results = engine.step()
+    assert not engine.busy and results.keys() == {number}
+    found = [results[number], *(one for one, _ in pairs), *(two for _, two in pairs)]
+    for trace, want in zip(found, expected[:11], strict=True):
+        assert_same(trace, want)
+
+
+def test_a_repeated_prompt_fits_where_it_fitted_before(expected):
+    """The cache holds one request and nothing else."""
+    request = Request(PROMPTS[1], SamplingOptions(temperature=0.0, max_tokens=3))
+    engine = make_engine(4, pages=4)
+    one, two = engine.generate([request, request])
+    assert_same(one, two)
+
+
+def test_requests_that_trickle_in_share_the_engine():
+    engine = Engine(MODEL, GOLDEN.params, EngineConfig(8, valid_vocab=300, forwards_per_chunk=1))
+    engine.submit(Request([1, 2], SamplingOptions(max_tokens=2)))
+    while engine.busy:
+        engine.step()
+    for i in range(8):
+        engine.submit(Request([1, 2], SamplingOptions(max_tokens=8), i))
+    engine.step()
+    assert engine._batch.running == 8
+
+
+def test_an_engine_that_failed_starts_afresh(monkeypatch, expected):
+    engine = make_engine(3)
+
+    def fail(*args):
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr("tracerl_jax.rollout.batch.refill", fail)
+        list(engine.generate(REQUESTS[:5]))
+    assert not engine.busy
+    for trace, want in zip(engine.generate(REQUESTS[:5]), expected[:5], strict=True):
+        assert_same(trace, want)
+
+
+@pytest.mark.parametrize(("request_", "message"), [
+    (Request([1], SamplingOptions(stop_ids=(384,))), "stop_ids must be integers from 0 to 383"),
+    (Request([1], sample_index=-1), "sample_index is -1"),
+])  # fmt: skip
+def test_what_the_device_could_not_hold_is_refused(request_, message):
+    with pytest.raises(DataError, match=f"request: {message}"):
+        make_engine().submit(request_)
+
+
 def test_other_block_sizes_wait_for_their_turn(expected):
     options = SamplingOptions("dynamic", threshold=0.2, max_tokens=7, block_size=3)
     other = [Request([9] * 11, options, i) for i in (0, 1)]

@@ -26,6 +26,7 @@ from tracerl_jax.models.moe import MoE
 from tracerl_jax.parallel.sharding import check_split, constrain_rows, param_shardings
 
 Params = dict[str, Any]
+Prefix = Callable[[jax.Array], tuple[jax.Array, jax.Array]]  # layer -> (keys [N,S,K,D], values [N,S,K,D])
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -132,10 +133,11 @@ class Model:
         return self._hidden(params, ids, positions, intervals, keep_kv=False)[0]
 
     def hidden_and_kv(self, params: Params, ids: jax.Array, positions: jax.Array, intervals: jax.Array,
-                      prefix: KV | None = None) -> tuple[jax.Array, KV]:
+                      prefix: Prefix | None = None) -> tuple[jax.Array, KV]:
         """`hidden`, and the keys and values [L,N,T,K,D] to start a cache with.
 
-        With a `prefix` [L,N,S,K,D] the intervals count its S keys first, then those of the T tokens.
+        With `prefix(layer) -> (keys, values)`, each [N,S,K,D], the intervals count these S keys first, then those of
+        the T tokens. It is called layer by layer, so that no prefix of all layers is held.
         """
         hidden, kv = self._hidden(params, ids, positions, intervals, keep_kv=True, prefix=prefix)
         return hidden, KV(*kv)
@@ -144,12 +146,13 @@ class Model:
         tables = rotary_tables(positions, self.config)
 
         def layer(x, inputs):
-            layer_params, prefix = inputs
-            attend = sequence_attend(intervals, self.config.attention, self.mesh, prefix)
+            layer_params, index = inputs
+            before = None if prefix is None else prefix(index)
+            attend = sequence_attend(intervals, self.config.attention, self.mesh, before)
             x, kv = self._apply_block(layer_params, x, tables, attend)
             return x, kv if keep_kv else None
 
-        return self._through_layers(layer, params, ids, (params["layers"], prefix))
+        return self._through_layers(layer, params, ids, (params["layers"], jnp.arange(self.config.num_layers)))
 
     def decode(self, params: Params, ids: jax.Array, positions: jax.Array, cache: KVCache, cache_len: jax.Array,
                new_intervals: jax.Array | None = None) -> tuple[jax.Array, KV]:

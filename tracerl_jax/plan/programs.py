@@ -147,6 +147,8 @@ def _rollout_programs(config: RunConfig, model: Model, policy: Any, workload: Wo
     copied, mesh = needs_copy(model, policy), model.mesh
     kept = () if copied else policy
     sync = [PlannedProgram("sync", convert.trace(model, policy), mesh, 1, policy)] if copied else []
+    if "prefill" not in traced:
+        raise ConfigError(f"task.max_prompt_tokens is {config.task.max_prompt_tokens}, less than a block of {B}")
     prompts = _block_causal(*traced["prefill"].args_info[0][2].shape, B)
     calls = math.ceil(section.prompts_per_step / shards / (len(prompts) // shards))
     # The head sees the positions still masked, (tokens_per_step + B) / 2 of a block on average, a group at a time.

@@ -1,9 +1,12 @@
 """The slots of an engine: which request each decodes, the arrays on the device, and the calls that move them on."""
 
+import functools
 import math
+import operator
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +22,7 @@ from tracerl_jax.parallel.sharding import batch_sharding, row_shards
 from tracerl_jax.rollout.cache import cache_shapes, copy_pages, prefill
 from tracerl_jax.rollout.decode import Program, Rows, State, decode, refill
 from tracerl_jax.rollout.options import EngineConfig, SamplingOptions
-from tracerl_jax.rollout.pages import Allocation, PagePool
+from tracerl_jax.rollout.pages import Allocation, PagePool, PromptPages, prompt_pages
 
 SHORTEST = 32  # tokens of the smallest length bucket
 STOP_IDS_STEP = 4  # columns by which the table of stop ids grows
@@ -41,6 +44,7 @@ class Entry:
     stop_ids: tuple[int, ...]
     sample_index: int
     number: int = -1  # of the engine
+    prompt_pages: PromptPages | None = None
     pages: Allocation | None = None
 
     @property
@@ -56,6 +60,25 @@ class Entry:
     def encoded(self) -> int:
         """End of the prompt's complete blocks."""
         return block_start(block_of(len(self.prompt_ids), self.block_size), self.block_size)
+
+    @property
+    def needs(self) -> "Needs":
+        options, samples = self.options, self.options.temperature > 0
+        return Needs(
+            samples, samples and (options.top_k > 0 or options.top_p < 1),
+            strategy_code(options.strategy) == ENTROPY_BOUNDED,
+        )  # fmt: skip
+
+
+class Needs(NamedTuple):
+    """What the decoding program must be able to do, see `Program`."""
+
+    noise: bool = False
+    filters: bool = False
+    entropy: bool = False
+
+    def __or__(self, other: "Needs") -> "Needs":
+        return Needs(*(a or b for a, b in zip(self, other, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -91,6 +114,8 @@ def batch_for(
         length, slots = round_up(length, page_size), _fraction_bucket(len(same), config.slots, 4)
     shards = row_shards(model.mesh)
     stop_ids = round_up(max([1, *(len(entry.stop_ids) for entry in same)]), STOP_IDS_STEP)
+    if present is not None:
+        stop_ids = max(stop_ids, present.shape.stop_ids)
     shape = Shape(round_up(slots, shards), length, block_size, page_size, stop_ids)
     if present is not None and present.shape == shape:
         return present
@@ -112,6 +137,8 @@ class Batch:
         self._pages = pages
         self._stopped = np.zeros(shape.slots, bool)
         self._rows = _empty_rows(shape)
+        self._device_rows: Rows | None = None
+        self._needs = Needs()
         self._table = np.zeros((shape.slots, shape.width), np.int32)
         self._state: State | None = None
 
@@ -123,25 +150,28 @@ class Batch:
         for pool in self._pools:
             pool.forget()
 
-    def cancel(self, number: int) -> bool:
-        for n, entry in enumerate(self.entries):
-            if entry is not None and entry.number == number:
-                self._release(n)
-                self._stopped[n] = True
-                return True
-        return False
+    def cancel(self, numbers: set[int]) -> bool:
+        """Give up those of these requests that run. False: none does."""
+        found = [n for n, entry in enumerate(self.entries) if entry is not None and entry.number in numbers]
+        for n in found:
+            self._release(n)
+            self._stopped[n] = True
+        return bool(found)
 
     # Requests into slots
 
     def admit(self, params: dict, waiting: deque[Entry]) -> None:
         """Give free slots to the oldest waiting requests, as far as slots and pages go."""
-        fresh = []
+        if not self.running:  # programs change between streams of requests, not within one
+            self._needs = functools.reduce(operator.or_, (e.needs for e in waiting if self.fits(e)), Needs())
+        fresh, free = [], self._free_slots()
         while waiting and self.fits(waiting[0]):
-            n = self._place_for(waiting[0])
+            n = self._place_for(waiting[0], free)
             if n is None:
                 break
             fresh.append(n)
             self.entries[n] = waiting.popleft()
+            self._needs |= self.entries[n].needs
             self._stopped[n] = False
         if not fresh and not self._stopped.any():
             return
@@ -153,9 +183,10 @@ class Batch:
             _set_row(self._rows, n, entry)
             self._table[n] = 0
             self._table[n, : len(entry.pages.pages)] = entry.pages.pages
+        self._device_rows = self._put(self._rows)
         is_fresh = np.isin(np.arange(self.shape.slots), fresh)
         self._state = refill(
-            self._state, *self._put((self._rows, is_fresh, self._stopped, canvas, self._table)),
+            self._state, self._device_rows, *self._put((is_fresh, self._stopped, canvas, self._table)),
             np.int32(self.shape.block_size),
         )  # fmt: skip
         self._stopped[:] = False
@@ -165,22 +196,25 @@ class Batch:
         return (entry.block_size == shape.block_size and entry.end <= shape.length
                 and len(entry.stop_ids) <= shape.stop_ids)  # fmt: skip
 
-    def _place_for(self, entry: Entry) -> int | None:
-        """A free slot whose shard has room, with the pages in `entry.pages`: where most of the prompt is known, else
-        where most pages are free."""
-        slots_per_shard = self.shape.slots // self._shards
-        free: dict[int, int] = {}
-        for n, occupant in enumerate(self.entries):
-            if occupant is None:
-                free.setdefault(n // slots_per_shard, n)
-        order = sorted(
-            free,
-            key=lambda s: (-self._pools[s].known_tokens(entry.prompt_ids, entry.encoded), -self._pools[s].available, s),
+    def _free_slots(self) -> list[list[int]]:
+        """Of every shard, the last one to be filled first."""
+        free = [[] for _ in range(self._shards)]
+        for n in reversed(range(self.shape.slots)):
+            if self.entries[n] is None:
+                free[self._shard(n)].append(n)
+        return free
+
+    def _place_for(self, entry: Entry, free: list[list[int]]) -> int | None:
+        """A slot out of `free` whose shard has room, with the pages in `entry.pages`: where most of the prompt is
+        known, else where most pages are free."""
+        entry.prompt_pages = prompt = entry.prompt_pages or prompt_pages(
+            entry.prompt_ids, entry.encoded, self.shape.page_size
         )
-        for shard in order:
-            entry.pages = self._pools[shard].allocate(entry.prompt_ids, entry.encoded, entry.end)
+        shards = [shard for shard in range(self._shards) if free[shard]]
+        for shard in sorted(shards, key=lambda s: (-self._pools[s].known_tokens(prompt), -self._pools[s].available, s)):
+            entry.pages = self._pools[shard].allocate(prompt, entry.end)
             if entry.pages is not None:
-                return free[shard]
+                return free[shard].pop()
         return None
 
     def _prefill(self, params: dict, fresh: list[int]) -> None:
@@ -213,7 +247,8 @@ class Batch:
             self._pools[self._shard(n)].unpin(self.entries[n].pages)
 
     def _calls(self, slots: list[int]) -> list[list[list[int]]]:
-        """Slots cut into calls of prefill, each [shards][up to PROMPTS_PER_CALL[-1]]."""
+        """Slots cut into calls of prefill, each [shards][up to PROMPTS_PER_CALL[-1]]; like lengths go together."""
+        slots = sorted(slots, key=lambda n: self.entries[n].encoded - self.entries[n].pages.start)
         by_shard = [[n for n in slots if self._shard(n) == shard] for shard in range(self._shards)]
         size = PROMPTS_PER_CALL[-1]
         rounds = max(-(-len(members) // size) for members in by_shard)
@@ -258,18 +293,18 @@ class Batch:
         """One chunk; the traces of the requests that it finished, by number."""
         N = self.shape.slots
         idle = N - self.running
-        more = any(self.fits(entry) for entry in waiting)
+        more = bool(waiting) and self.fits(waiting[0])
         enough = min(N, idle + max(1, N // REFILL_SHARE)) if more else N
         self._state = decode(
-            self._program(waiting), params, self._banned, self._put(self._rows), self._state,
+            self._program(), params, self._banned, self._device_rows, self._state,
             np.int32(self.config.forwards_per_chunk), np.int32(enough),
         )  # fmt: skip
-        done = _fetch(self._state.done)
+        done = jax.device_get(self._state.done)
         finished = [n for n in range(N) if self.entries[n] is not None and done[n]]
         if not finished:
             return {}
         names = ("canvas", "step_map", "logprobs", "behaviour_logprobs", "start", "steps", "forwards")
-        fetched = [_fetch(getattr(self._state, name)) for name in names]
+        fetched = jax.device_get([getattr(self._state, name) for name in names])
         traces = {}
         for n in finished:
             entry = self._release(n)
@@ -280,7 +315,7 @@ class Batch:
         """Ids [r] of the finished blocks of every running request, by number."""
         if self._state is None or not self.running:
             return {}
-        canvas, start = _fetch(self._state.canvas), _fetch(self._state.start)
+        canvas, start = jax.device_get((self._state.canvas, self._state.start))
         found = {}
         for n, entry in enumerate(self.entries):
             if entry is not None:
@@ -293,17 +328,8 @@ class Batch:
         self.entries[n] = None
         return entry
 
-    def _program(self, waiting: deque[Entry]) -> Program:
-        """What the requests that run or may soon run need."""
-        entries = [e for e in (*self.entries, *waiting) if e is not None and e.block_size == self.shape.block_size]
-        return Program(
-            model=self.model,
-            block_size=self.shape.block_size,
-            fused=self.fused,
-            use_noise=any(e.options.temperature > 0 for e in entries),
-            use_filters=any(e.options.temperature > 0 and (e.options.top_k or e.options.top_p < 1) for e in entries),
-            use_entropy=any(strategy_code(e.options.strategy) == ENTROPY_BOUNDED for e in entries),
-        )
+    def _program(self) -> Program:
+        return Program(self.model, self.shape.block_size, self.fused, *self._needs)
 
     @property
     def fused(self) -> bool:
@@ -350,33 +376,29 @@ class Batch:
         return {"cache": size["cache"], "state": size["all"] - size["cache"]}
 
     def traced(self, params: dict, waiting: deque[Entry]) -> dict[str, jax.stages.Traced]:
-        """"prefill" and "decode" of these requests for abstract parameters; nothing runs."""
+        """ "prefill" (where a prompt has a complete block) and "decode" of these requests, for abstract parameters;
+        nothing runs."""
         everywhere = None if self._place is None else NamedSharding(self.model.mesh, PartitionSpec())
 
         def spec(tree, sharding):
             return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=sharding), tree)
 
         state, number = self._abstract_state(), spec(np.int32(0), everywhere)
-        program = self._program(waiting)
-        fresh = []
-        while waiting and (n := self._place_for(waiting[0])) is not None:
+        self._needs = functools.reduce(operator.or_, (entry.needs for entry in waiting), Needs())
+        fresh, free, programs = [], self._free_slots(), {}
+        while waiting and (n := self._place_for(waiting[0], free)) is not None:
             self.entries[n] = waiting.popleft()
             fresh += [n] if self.entries[n].pages.start < self.entries[n].encoded else []
-        operands = spec(self._prompts(self._calls(fresh)[0]), self._place)
-        return {
-            "prefill": prefill.trace(self.model, params, state.cache, *operands, number),
-            "decode": decode.trace(
-                program, params, spec(self._banned, everywhere), spec(self._rows, self._place), state, number, number
-            ),
-        }
+        if fresh:
+            operands = spec(self._prompts(self._calls(fresh)[0]), self._place)
+            programs["prefill"] = prefill.trace(self.model, params, state.cache, *operands, number)
+        banned, rows = spec(self._banned, everywhere), spec(self._rows, self._place)
+        programs["decode"] = decode.trace(self._program(), params, banned, rows, state, number, number)
+        return programs
 
 
 def _replace(state: State, **changes) -> State:
     return State(**{**{name: getattr(state, name) for name in State.__dataclass_fields__}, **changes})
-
-
-def _fetch(x: jax.Array) -> np.ndarray:
-    return np.asarray(jax.device_get(x))
 
 
 def _length_bucket(n: int) -> int:

@@ -56,9 +56,13 @@ def prefill(
     first, nothing = jnp.where(known, start[:, None], 0), jnp.zeros_like(positions)
     last = jnp.where(known, S + end - start[:, None], 0)
     intervals = jnp.stack([nothing, first, nothing + S, last], axis=-1)
-    read = _on_shards(model, _read_pages, (_CACHE,) * 4 + (_ROWS,), (_NEW,) * 2)
-    prefix = KV(*(x.astype(model.config.dtype) for x in read(*cache[:4], prefix_pages))) if S else None
-    _, kv = model.hidden_and_kv(params, prompts, positions, intervals, prefix)
+    read = _on_shards(model, _read_pages, (_CACHE,) * 4 + (_ROWS, ()), (("batch", None, "kv_heads"),) * 2)
+
+    def prefix(layer):  # -> keys, values [U,S,K,D]; what lies behind `start` is none of this prompt's business
+        visible = (jnp.arange(S) < start[:, None])[..., None, None]
+        return tuple(jnp.where(visible, x, 0).astype(model.config.dtype) for x in read(*cache[:4], prefix_pages, layer))
+
+    _, kv = model.hidden_and_kv(params, prompts, positions, intervals, prefix if S else None)
 
     def pages_of(x):  # [L,U,T,K,D] -> [L, U * T/C, C, K, D]
         return x.reshape(x.shape[0], U * (T // C), C, *x.shape[3:])
@@ -111,15 +115,15 @@ def _write(model: Model, cache: KVCache, kv: KV, page: jax.Array, offset: jax.Ar
     return cache._replace(**{name: run(getattr(cache, name), x, page, offset) for name, x in new.items()})
 
 
-def _read_pages(k, v, k_scale, v_scale, pages):
-    """Pages [U,W] of all layers as tokens -> k, v [L, U, W * C, K, D]."""
+def _read_pages(k, v, k_scale, v_scale, pages, layer):
+    """Pages [U,W] of one layer as tokens -> k, v [U, W * C, K, D]."""
 
     def read(values, scale):
-        x = values[:, pages]  # [L,U,W,K,C,D]
+        x = values[layer, pages]  # [U,W,K,C,D]
         if scale is not None:
-            x = x.astype(jnp.float32) * scale[:, pages][..., None]
-        x = jnp.swapaxes(x, 3, 4)
-        return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+            x = x.astype(jnp.float32) * scale[layer, pages][..., None]
+        x = jnp.swapaxes(x, 2, 3)
+        return x.reshape(len(x), -1, *x.shape[3:])
 
     return read(k, k_scale), read(v, v_scale)
 

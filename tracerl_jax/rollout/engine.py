@@ -4,13 +4,14 @@
     slots      decode on the device in chunks of forwards, each slot at its own pace
     finished   fetched, their pages released; the next chunk starts with the slots refilled
 
-The host looks at the device when an eighth of the slots is done, or after `forwards_per_chunk` forwards. Requests that
+While requests wait, the host looks at the device when a further eighth of the slots is done; in any case after
+`forwards_per_chunk` forwards. Requests that
 share a block size are decoded together; those of another one wait until the slots are empty, in the order they came.
 
 Shapes come from few buckets, so that few programs are compiled:
 
     slots     config.slots; without `max_length` also a quarter, a sixteenth, .. of it, for few requests
-    length    of a slot: `max_length`, or a bucket of what the longest request of a `generate` needs
+    length    of a slot: `max_length`, or a bucket of what the longest waiting request needs
     prefill   1, 4 or 16 prompts of each shard; tokens: buckets; with or without a cached prefix
 
 Length buckets are 32, 48, 64, 96, 128, 192, .. (powers of two and the middles between them), rounded up to whole pages.
@@ -56,6 +57,8 @@ class Engine:
         self._banned = banned_ids(c.vocab_size, c.mask_token_id, self.config.valid_vocab)
         self._waiting: deque[Entry] = deque()
         self._batch: Batch | None = None
+        self._finished: dict[int, Trace] = {}  # that nobody has taken yet
+        self._streamed: set[int] = set()  # numbers that belong to a `generate`
         self._next_number, self._reshape = 0, False
         self.update_params(params)
 
@@ -65,7 +68,7 @@ class Engine:
 
         Raises RuntimeError while requests are waiting or running.
         """
-        if self.busy:
+        if self._working:
             raise RuntimeError("update_params while requests are waiting or running; finish or cancel them first")
         self.params = None  # first, or two copies are there for a while
         if params is None:
@@ -91,17 +94,20 @@ class Engine:
         self._resolve(request, where)
 
     def _generate(self, entries: list[Entry]) -> Iterator[Trace]:
-        self._reshape = True  # as many slots, and as long ones, as these need
         numbers = [self._enqueue(entry) for entry in entries]
-        finished: dict[int, Trace] = {}
+        self._streamed.update(numbers)
+        following = 0
         try:
             for number in numbers:
-                while number not in finished:
-                    finished |= self.step()
-                yield finished.pop(number)
+                while number not in self._finished:
+                    if not self._working:
+                        raise RuntimeError(f"request {number} was cancelled while its results were read")
+                    self._advance()
+                following += 1
+                yield self._finished.pop(number)
         finally:
-            for number in numbers:
-                self.cancel(number)
+            self._streamed.difference_update(numbers)
+            self._give_up(set(numbers[following:]))
 
     # Requests that come and go
 
@@ -111,34 +117,57 @@ class Engine:
 
     def cancel(self, number: int) -> bool:
         """Give a request up, waiting or running; its slot is free from the next `step` on. False: it is not there."""
-        for entry in self._waiting:
-            if entry.number == number:
-                self._waiting.remove(entry)
-                return True
-        return self._batch is not None and self._batch.cancel(number)
+        return self._give_up({number})
+
+    def _give_up(self, numbers: set[int]) -> bool:
+        before = len(self._waiting)
+        if any(entry.number in numbers for entry in self._waiting):
+            self._waiting = deque(entry for entry in self._waiting if entry.number not in numbers)
+        found = [number for number in numbers if self._finished.pop(number, None)]
+        running = self._batch is not None and self._batch.cancel(numbers)
+        return bool(found or running or len(self._waiting) < before)
 
     @property
     def busy(self) -> bool:
-        """Whether requests are waiting or running."""
+        """Whether `step` has something to do or to give."""
+        return self._working or any(number not in self._streamed for number in self._finished)
+
+    @property
+    def _working(self) -> bool:
         return bool(self._waiting) or (self._batch is not None and self._batch.running > 0)
 
     def step(self) -> dict[int, Trace]:
         """Fill free slots, decode one chunk, and return what finished, by request number."""
-        if not self.busy:
-            return {}
+        if self._working:
+            self._advance()
+        return {n: self._finished.pop(n) for n in list(self._finished) if n not in self._streamed}
+
+    def _advance(self) -> None:
+        if self.params is None:
+            raise RuntimeError("the engine has no weights: call update_params first")
+        try:
+            self._choose_batch()
+            self._batch.admit(self.params, self._waiting)
+            if not self._batch.running and self._waiting:
+                raise RuntimeError("no request can be admitted to an empty engine; this is a bug")
+            self._finished |= self._batch.decode(self.params, self._waiting)
+        except BaseException:
+            self._batch = None  # what its slots and pages hold is not known any more
+            raise
+
+    def _choose_batch(self) -> None:
         present = self._batch
         if present is None or (not present.running and (self._reshape or not present.fits(self._waiting[0]))):
-            self._batch = batch_for(self.model, self.config, self._banned, self._waiting, self._batch)
+            self._batch = None  # if the new one has another shape: before it makes its cache
+            self._batch = batch_for(self.model, self.config, self._banned, self._waiting, present)
             self._reshape = False
-        self._batch.admit(self.params, self._waiting)
-        return self._batch.decode(self.params, self._waiting)
 
     def partial(self) -> dict[int, np.ndarray]:
         """Ids [r] of the finished blocks of every running request, by number."""
         return {} if self._batch is None else self._batch.partial()
 
     def memory_bytes(self, requests: Iterable[Request] = ()) -> dict[str, int]:
-        """What the engine keeps on all devices together: {"weights", "cache", "state"}.
+        """What the engine keeps on all devices together besides the weights: {"cache", "state"}.
 
         Known before anything runs where `max_length` is set; otherwise for decoding `requests`.
         """
@@ -156,6 +185,7 @@ class Engine:
         return batch_for(self.model, self.config, self._banned, entries, None).fused
 
     def _enqueue(self, entry: Entry) -> int:
+        self._reshape = True  # an empty engine takes as many slots, and as long ones, as those that wait need
         entry.number, self._next_number = self._next_number, self._next_number + 1
         self._waiting.append(entry)
         return entry.number
@@ -169,6 +199,10 @@ class Engine:
             raise DataError(f"{where}: prompt_ids must be a list of integers from 0 to {c.vocab_size - 1}")
         if (prompt == c.mask_token_id).any():
             raise DataError(f"{where}: prompt_ids contains the mask id {c.mask_token_id}; remove it from the prompt")
+        if any(i >= c.vocab_size for i in options.stop_ids or ()):
+            raise DataError(f"{where}: stop_ids must be integers from 0 to {c.vocab_size - 1}")
+        if not 0 <= request.sample_index < 2**32:
+            raise DataError(f"{where}: sample_index is {request.sample_index}; it must be from 0 to {2**32 - 1}")
         entry = Entry(
             prompt_ids=prompt.astype(np.int32),
             prompt_hash=zlib.crc32(prompt.astype("<i4").tobytes()),

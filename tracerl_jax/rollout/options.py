@@ -69,8 +69,8 @@ class Request:
 class EngineConfig:
     """Size and manner of an engine. Raises ConfigError naming the field on construction.
 
-    None of it changes what a request gets, but for rounding: of `kv_dtype="int8"` by a lot, of the others by the order
-    in which sums are taken.
+    None of it changes what a request gets, but for the order in which sums are taken, and for `kv_dtype="int8"`: what
+    is encoded behind a cached prefix reads rounded numbers, so a result depends on whether its prefix was cached.
     """
 
     slots: int = 64  # sequences decoded together

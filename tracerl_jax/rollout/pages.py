@@ -4,8 +4,9 @@
                                             shared    shared    own: the response goes on in it
 
 Whole pages of a prompt are found by the digest of all tokens up to their end, so requests with a common prefix share
-them. The page in which a prompt ends is found likewise and copied, since every sample writes its response behind it.
-Pages that nobody holds keep their content until room is needed, the longest unused first.
+them. The page in which a prompt ends is found likewise; it is copied, since every sample writes its response behind it,
+or taken over where nobody holds it any more. Pages that nobody holds keep their content until room is needed, the
+longest unused first.
 
 A request gets all the pages it can ever need when it is admitted, or it waits: nothing that runs can run out of room.
 """
@@ -13,8 +14,27 @@ A request gets all the pages it can ever need when it is admitted, or it waits: 
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+
+
+class PromptPages(NamedTuple):
+    """By what the pages of a prompt are known."""
+
+    whole: list[bytes]
+    tail: bytes | None  # of the page in which its complete blocks end; None: at a page's end
+    encoded: int  # tokens of the complete blocks
+
+
+def prompt_pages(prompt: np.ndarray, encoded: int, page_size: int) -> PromptPages:
+    digests, digest = [], b""
+    for at in range(0, encoded, page_size):
+        tokens = np.ascontiguousarray(prompt[at : min(at + page_size, encoded)], np.int32)
+        digest = hashlib.blake2b(digest + tokens.tobytes(), digest_size=16).digest()
+        digests.append(digest)
+    whole, tail = (digests[:-1], digests[-1]) if encoded % page_size else (digests, None)
+    return PromptPages(whole, tail, encoded)
 
 
 @dataclass
@@ -23,7 +43,7 @@ class Allocation:
 
     pages: list[int]  # in order; the first ones may be shared
     start: int  # tokens of the prompt that the cache already holds, or will when earlier requests are prefilled
-    shared: list[int]  # the pages of these tokens
+    shared: list[int]  # the whole pages of these tokens
     source: int | None  # page to copy to where the prompt ends; it is held until `PagePool.unpin`
 
 
@@ -50,35 +70,35 @@ class PagePool:
     def held(self) -> int:
         return self.capacity - self.available
 
-    def known_tokens(self, prompt: np.ndarray, encoded: int) -> int:
+    def known_tokens(self, prompt: PromptPages) -> int:
         """Tokens of the prompt that need not be encoded."""
-        digests, tail = self._digests(prompt, encoded)
-        known = self._known_prefix(digests)
-        if len(known) == len(digests) and tail in self._page_of:
-            return encoded
+        known = self._known_prefix(prompt.whole)
+        if len(known) == len(prompt.whole) and prompt.tail in self._page_of:
+            return prompt.encoded
         return len(known) * self.page_size
 
-    def allocate(self, prompt: np.ndarray, encoded: int, end: int) -> Allocation | None:
-        """Pages for tokens [0, end), of which the first `encoded` are the prompt's complete blocks; None: no room.
+    def allocate(self, prompt: PromptPages, end: int) -> Allocation | None:
+        """Pages for tokens [0, end), the prompt's first; None: no room.
 
         The new pages of the prompt count as known from now on: they must be filled before anything else reads them.
         """
-        digests, tail = self._digests(prompt, encoded)
-        shared = self._known_prefix(digests)
-        source = self._page_of.get(tail) if len(shared) == len(digests) else None
-        wanted = -(-end // self.page_size) - len(shared)
-        pinned = [*shared, *([] if source is None else [source])]
-        if wanted > len(self._free) + len(self._idle) - sum(page in self._idle for page in pinned):
+        shared = self._known_prefix(prompt.whole)
+        tail = self._page_of.get(prompt.tail) if len(shared) == len(prompt.whole) else None
+        known = [*shared, tail] if tail in self._idle else shared
+        source = tail if known is shared else None
+        pinned = known if source is None else [*shared, source]
+        wanted = -(-end // self.page_size) - len(known)
+        if wanted > self.available - sum(page in self._idle for page in pinned):
             return None
         for page in pinned:
             self._hold(page)
         own = [self._take() for _ in range(wanted)]
-        for digest, page in zip(digests[len(shared) :], own, strict=False):
+        for digest, page in zip(prompt.whole[len(shared) :], own, strict=False):
             self._remember(digest, page)
-        if tail is not None and source is None:
-            self._remember(tail, own[len(digests) - len(shared)])
-        start = encoded if source is not None else len(shared) * self.page_size
-        return Allocation([*shared, *own], start, shared, source)
+        if prompt.tail is not None and tail is None:
+            self._remember(prompt.tail, own[len(prompt.whole) - len(shared)])
+        start = prompt.encoded if tail is not None else len(shared) * self.page_size
+        return Allocation([*known, *own], start, shared, source)
 
     def unpin(self, allocation: Allocation) -> None:
         """The copy from `allocation.source` is on its way."""
@@ -94,15 +114,6 @@ class PagePool:
         """Nothing in the cache is of use any more, say because the weights changed. Nobody may hold a page."""
         for page in list(self._idle):
             self._release_idle(page)
-
-    def _digests(self, prompt: np.ndarray, encoded: int) -> tuple[list[bytes], bytes | None]:
-        """Of the whole pages, and of the page in which the prompt's complete blocks end (None: at a page's end)."""
-        digests, digest = [], b""
-        for at in range(0, encoded, self.page_size):
-            tokens = np.ascontiguousarray(prompt[at : min(at + self.page_size, encoded)], np.int32)
-            digest = hashlib.blake2b(digest + tokens.tobytes(), digest_size=16).digest()
-            digests.append(digest)
-        return (digests[:-1], digests[-1]) if encoded % self.page_size else (digests, None)
 
     def _known_prefix(self, digests: list[bytes]) -> list[int]:
         known = []
