@@ -2,9 +2,9 @@
 
     tracerl demo            (or: tracerl rl --config demo)
 
-Half of the worked solutions leave out the last number. Supervised training imitates that; TraceRL, rewarded for
-the true answer only, unlearns it. Expected: 45% -> 80% of
-256 held-out problems (dynamic decoding), 1.3 -> 1.7 tokens per denoise step, in about four minutes.
+Half of the worked solutions leave out the last number. Supervised training imitates that; TraceRL, rewarded for the
+true answer only, unlearns it. Expected: 45% -> 80% of 256 held-out problems (dynamic decoding), 1.3 -> 1.7 tokens per
+denoise step, in about four minutes.
 """
 
 from ml_collections import ConfigDict

@@ -120,7 +120,8 @@ def test_text_says_what_is_assumed_and_not_counted():
     found = dataclasses.replace(SMALL, cost=cost, runs=0.5)
     text = format_plan(plan(found, topology="h100:8"), CONFIG, Workload(784, 500, 2.5, 0.5))
     for part in (
-        "rl_sdar_4b_math_value on h100:8: 8 chips with 10.0 GiB each", "of 79.1 GiB (XLA_PYTHON_CLIENT_MEM_FRACTION)",
+        "rl_sdar_4b_math_value on h100:8: 8 chips with 10.0 GiB for programs",
+        "of 79.1 GiB (XLA_PYTHON_CLIENT_MEM_FRACTION)",
         "mesh: data 1 x fsdp 8 x tensor 1, in decoding data 8 x fsdp 1 x tensor 1",
         "prompts of 784 and responses of 500 tokens", "784 and 2000", "2.5 tokens per denoise step",
         "50% of the responses",

@@ -6,6 +6,7 @@ from compiled import ONE_CHIP, array, compiled
 from jax import lax
 
 from tracerl_jax.plan.hlo import arrays, parse
+from tracerl_jax.plan.hlo_cost import program_cost
 from tracerl_jax.plan.hlo_loops import LoopLengths
 
 TEXT = """HloModule jit_f, is_scheduled=true, entry_computation_layout={(f32[2,3]{1,0})->f32[2,3]{1,0}}
@@ -51,6 +52,27 @@ def test_array_sizes():
     sizes = {"s4[10]": [5], "pred[]": [1], "f8e4m3fn[3]": [3], "c64[2]{0}": [16], "token[]": []}
     assert {text: [a.bytes for a in arrays(text)] for text in sizes} == sizes
     assert [a.elements for a in arrays("(f32[2,3]{1,0:T(8,128)S(1)}, s32[])")] == [6, 1]
+
+
+def test_work_that_is_started_is_work():
+    text = """
+%slice (s: f32[12,8], i: s32[]) -> f32[1,8] {
+  %s = f32[12,8] parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %d = f32[1,8] dynamic-slice(%s, %i, %zero), dynamic_slice_sizes={1,8}
+}
+
+ENTRY %main (s: f32[12,8], i: s32[]) -> f32[1,8] {
+  %s = f32[12,8] parameter(0)
+  %i = s32[] parameter(1)
+  %f = ((f32[12,8], s32[]), f32[1,8], u32[]) fusion-start(%s, %i), kind=kLoop, calls=%slice
+  ROOT %done = f32[1,8] fusion-done(%f)
+}"""
+    module = parse(text)
+    start = module.computations["main"]["f"]
+    assert (start.opcode, [a.shape for a in start.outputs]) == ("fusion", [(1, 8)])
+    assert program_cost(module, {"data": 1}).hbm_bytes == 2 * 8 * 4 + 4  # the index is read too
 
 
 @pytest.mark.parametrize("text", ["", "HloModule empty", "module @jit_f { }"])

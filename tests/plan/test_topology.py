@@ -81,9 +81,7 @@ def test_devices(name):
         pytest.skip(missing)
     devices = compile_devices(name)
     assert len(set(devices)) == parse_topology(name).chips
-    assert {device.platform for device in devices} == {parse_topology(name).chip.platform.replace("cuda", "gpu")} or (
-        {device.platform for device in devices} == {parse_topology(name).chip.platform}
-    )
+    assert {device.platform for device in devices} <= ({"cuda", "gpu"} if name[0] in "ah" else {"tpu"})
     assert jax.default_backend() == "cpu"
 
 
@@ -101,7 +99,8 @@ def test_memory_of_a_tpu_is_what_its_compiler_says(name):
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED") as caught:
         compiled(name, lambda x: jnp.flip(x) + x, too_large, mesh=mesh)
     (limit,) = {float(n) for n in re.findall(r"(?:of|available HBM \()\s*([\d.]+)G", str(caught.value))}
-    assert usable_hbm(parse_topology(name).chip) == pytest.approx(limit * GIB, abs=0.01 * GIB)
+    # It prints two digits, and versions differ by one in the last.
+    assert limit * GIB - 0.02 * GIB < usable_hbm(parse_topology(name).chip) <= limit * GIB + 0.01 * GIB
 
 
 def test_memory_of_a_gpu_is_the_share_that_jax_takes(monkeypatch):

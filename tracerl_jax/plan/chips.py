@@ -18,7 +18,7 @@ class Chip:
 
 
 # TPU: cloud.google.com/tpu/docs/v4 (v5e, v5p, v6e); the memory is what the compiler lets a program have, its own
-# reservation taken off. One ICI link carries 45 GB/s (v4, v5e) or 90 GB/s (v5p, v6e) each way.
+# reservation taken off (of two versions the less). One link carries 45 GB/s (v4, v5e) or 90 GB/s (v5p, v6e) each way.
 # GPU: NVIDIA data sheets (SXM); NVLink 300 or 450 GB/s each way, 200 or 400 Gb/s of InfiniBand per GPU.
 CHIPS = {
     chip.name: chip
@@ -26,7 +26,7 @@ CHIPS = {
         Chip("v4", "tpu", int(30.75 * GIB), 275e12, 1.228e12, 45e9),
         Chip("v5e", "tpu", int(15.75 * GIB), 197e12, 0.819e12, 45e9),
         Chip("v5p", "tpu", int(95.74 * GIB), 459e12, 2.765e12, 90e9),
-        Chip("v6e", "tpu", int(31.25 * GIB), 918e12, 1.64e12, 90e9),
+        Chip("v6e", "tpu", int(31.24 * GIB), 918e12, 1.64e12, 90e9),
         Chip("a100-40g", "cuda", 42_298_834_944, 312e12, 1.555e12, 300e9, 8, 25e9),
         Chip("a100", "cuda", 84_987_740_160, 312e12, 2.039e12, 300e9, 8, 25e9),
         Chip("h100", "cuda", 84_942_979_072, 989e12, 3.352e12, 450e9, 8, 50e9),

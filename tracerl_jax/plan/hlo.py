@@ -11,6 +11,8 @@ DTYPE_BYTES = {
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+# Starts of asynchronous work that are instructions in their own right; others ("fusion-start") only wrap one.
+_STARTS = re.compile(r"(copy|async|send|recv|all-\w+|all-to-all|reduce-scatter|collective-\w+|ragged-all-to-all)-start")
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """Parse `compiled.as_text()`. Raises ValueError for anything else."""
+    """Parse `compiled.as_text()`; "fusion-start" is read as the fusion itself. Raises ValueError for anything else."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -108,9 +110,10 @@ def _parse_instruction(line: str) -> Instruction | None:
     end = _closing(text, start - 1)
     literal = text[start:end]
     operands = tuple(re.findall(r"%([\w.\-]+)", literal))
-    return Instruction(
-        match[2], opcode[1], arrays(text[:end_of_type]), operands, literal, text[end + 1 :], bool(match[1])
-    )
+    name, outputs = opcode[1], arrays(text[:end_of_type])
+    if name.endswith("-start") and not _STARTS.fullmatch(name):  # (operands, results, context)
+        name, outputs = name.removesuffix("-start"), outputs[len(operands) : -1]
+    return Instruction(match[2], name, outputs, operands, literal, text[end + 1 :], bool(match[1]))
 
 
 def _closing(text: str, start: int) -> int:

@@ -66,7 +66,7 @@ def format_plan(plan: Plan, config: RunConfig, workload: Workload) -> str:
     share = f", of {_gib(chip.hbm_bytes)} (XLA_PYTHON_CLIENT_MEM_FRACTION)" if chip.platform == "cuda" else ""
     mesh += f", in decoding {_mesh(plan.rollout_mesh)}" if plan.rollout_mesh != plan.mesh else ""
     lines = [
-        f"{config.name} on {plan.topology.name}: {plan.topology.chips} chips with {_gib(plan.limit_bytes)} each for "
+        f"{config.name} on {plan.topology.name}: {_chips(plan.topology.chips)} with {_gib(plan.limit_bytes)} for "
         f"programs{share}",
         f"mesh: {mesh}",
         f"assumed: prompts of {workload.prompt_tokens} and responses of {workload.response_tokens} tokens "
@@ -112,6 +112,10 @@ def _sent_text(p: Estimate) -> str:
 
 def _mesh(shape: Mapping[str, int]) -> str:
     return " x ".join(f"{axis} {size}" for axis, size in shape.items())
+
+
+def _chips(count: int) -> str:
+    return "1 chip" if count == 1 else f"{count} chips"
 
 
 def _number(x: float) -> str:

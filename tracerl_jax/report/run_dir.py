@@ -70,9 +70,9 @@ class RunDir:
     ) -> dict[str, tuple]:
         """Store the resolved config of a new run, or hold an existing run to it.
 
-        Returns the accepted changes {dotted key: (old, new)}; `changeable` are shell patterns of dotted keys. `complete`
-        gives a stored config the keys that it lacks because an earlier version wrote it. Raises ConfigError with a diff
-        when any other key differs.
+        Returns the accepted changes {dotted key: (old, new)}. `changeable` are shell patterns of dotted keys.
+        `complete` gives a stored config the keys that it lacks because an earlier version wrote it. Raises ConfigError
+        with a diff when any other key differs.
         """
         new = json.loads(json.dumps(config, default=str))  # as a reader will see it: tuples are lists
         changes = {}
