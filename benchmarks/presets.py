@@ -26,9 +26,10 @@ ROWS = [
     ("rl_sdar_1_7b_math", "v6e:4x4", ("rollout.slots_per_device=32",)),
     ("rl_sdar_4b_math", "v5p:2x2x1", ()),
     ("rl_sdar_4b_math", "h100:8", ()),
+    ("rl_sdar_4b_math", "v5p:2x4x4", ()),
     ("rl_sdar_8b_math", "v5p:2x2x2", ()),
-    ("rl_sdar_8b_math", "v5p:4x4x4", ()),
     ("rl_sdar_8b_math", "h100:16", ()),
+    ("rl_sdar_8b_math", "v5p:4x4x4", ()),
     ("rl_sdar_30b_a3b_math", "v5p:2x4x4", ()),
     ("rl_sdar_30b_a3b_math", "h100:64", ()),
 ]
