@@ -351,6 +351,8 @@ def test_8b_on_one_small_chip_does_not_fit():
         (["--topology", "h100:8", "--tokens_per_step", "9"], "tokens_per_step is 9.0, more than the block size, 4"),
         (["--topology", "h100:8", "--kept_fraction", "2"], "kept_fraction is 2.0"),
         (["--topology", "h100:8", "--config.rollout.tensor=3"], "rollout.tensor is 3"),
+        (["--topology", "h100:8", "--config.rl.steps=0"], "rl.steps is 0: a plan is of the programs of RL"),
+        (["--topology", "h100:8", "--config.rl.block_size=8", "--config.rl.old_logprobs=rollout"], "another rl.block_"),
         (["--topology", "h100:8", "--config.model.attention=flash"], "attention: unknown implementation 'flash'"),
         ([], "required: --topology"),
     ],

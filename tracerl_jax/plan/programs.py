@@ -87,9 +87,13 @@ def preset_like(path: str) -> str | None:
 def plan_run(config: RunConfig, mesh: Mesh, workload: Workload) -> PlannedRun:
     """Trace what `tracerl rl` with this config would compile on this mesh. Nothing is allocated.
 
-    Raises ConfigError as the run itself would, for a model that cannot be split over the mesh, say.
+    Raises ConfigError as the run itself would, for a model that cannot be split over the mesh, say, and for a run
+    without RL.
     """
+    if config.rl.steps == 0:
+        raise ConfigError("rl.steps is 0: a plan is of the programs of RL, and this run has only supervised training")
     model = Model(model_config(config), mesh=mesh)
+    config.check_states(model.config.block_size)
     updates = config.rl.steps * config.rl.minibatches * config.rl.epochs
     learner = Learner(
         model,
