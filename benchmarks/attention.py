@@ -21,14 +21,13 @@ cpu       Chunked attention against jax.nn.dot_product_attention with the mask o
 """
 
 import argparse
-import statistics
-import time
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask, splash_attention_mask_info
+from timing import in_turn
 
 from tracerl_jax.diffusion.packing import pack
 from tracerl_jax.diffusion.replay import trace_item
@@ -229,15 +228,8 @@ def report_cpu(repeats: int) -> None:
             np.testing.assert_allclose(*(np.asarray(r[0])[seen] for r in results), atol=1e-5)
             for a, b in zip(*(r[1:] for r in results), strict=True):
                 np.testing.assert_allclose(a, b, atol=1e-4)
-            wall, processor = ({name: [] for name in programs} for _ in range(2))
-            for _ in range(repeats):
-                for name, program in programs.items():
-                    start = time.perf_counter(), time.process_time()
-                    jax.block_until_ready(program(q, k, v, d_out, intervals))
-                    wall[name].append(time.perf_counter() - start[0])
-                    processor[name].append(time.process_time() - start[1])
-            slow, fast = (statistics.median(wall[name]) for name in programs)
-            spent, saved = (statistics.median(processor[name]) for name in programs)
+            calls = {name: partial(program, q, k, v, d_out, intervals) for name, program in programs.items()}
+            (slow, spent), (fast, saved) = in_turn(calls, repeats).values()
             large, small = (p.memory_analysis().temp_size_in_bytes for p in programs.values())
             print(f"{T:>6}{B:>4}{slow:>9.3f}{fast:>11.3f}{slow / fast:>7.1f}{spent / saved:>11.1f}"
                   f"{large / 2**20:>11.1f}{small / 2**20:>13.1f}{small / T:>13.0f}", flush=True)  # fmt: skip

@@ -16,14 +16,13 @@ cpu       Chunked attention by chunk size, and dense attention (the oracle), at 
 """
 
 import argparse
-import statistics
-import time
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
+from timing import Seconds, in_turn
 
 from tracerl_jax.kernels.decode import KVCache
 from tracerl_jax.kernels.decode.chunked import CHUNK, chunked_decode_attention
@@ -144,15 +143,9 @@ def report_cpu(repeats: int) -> None:
         expected = programs["dense"](*args)
         for program in programs.values():
             np.testing.assert_allclose(program(*args), expected, atol=1e-5)
-        wall, processor = ({name: [] for name in programs} for _ in range(2))
-        for _ in range(repeats):
-            for name, program in programs.items():
-                start = time.perf_counter(), time.process_time()
-                jax.block_until_ready(program(*args))
-                wall[name].append(time.perf_counter() - start[0])
-                processor[name].append(time.process_time() - start[1])
-        for kind, times in (("wall", wall), ("processor", processor)):
-            row = "".join(f"{statistics.median(times[name]) * 1e3:>9.2f}" for name in programs)
+        times = in_turn({name: partial(program, *args) for name, program in programs.items()}, repeats)
+        for kind in Seconds._fields:
+            row = "".join(f"{getattr(found, kind) * 1e3:>9.2f}" for found in times.values())
             print(f"{f'{share:.3f} of S' if kind == 'wall' else '':>10}{kind:>10}{row}", flush=True)
 
 

@@ -15,14 +15,13 @@ cpu       The windowed version and the oracle, which holds [P, V]: seconds, medi
 """
 
 import argparse
-import statistics
-import time
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
+from timing import in_turn
 
 from tracerl_jax.kernels.logprob import sample_tokens, token_logprobs
 from tracerl_jax.plan.chips import CHIPS
@@ -145,15 +144,8 @@ def report_cpu(repeats: int) -> None:
                     for implementation in ("reference", "chunked")}  # fmt: skip
         dense, windows = (program(*args) for program in programs.values())
         jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), windows, dense)
-        wall, processor = ({name: [] for name in programs} for _ in range(2))
-        for _ in range(repeats):
-            for implementation, program in programs.items():
-                start = time.perf_counter(), time.process_time()
-                jax.block_until_ready(program(*args))
-                wall[implementation].append(time.perf_counter() - start[0])
-                processor[implementation].append(time.process_time() - start[1])
-        slow, fast = (statistics.median(times) for times in wall.values())
-        spent, saved = (statistics.median(times) for times in processor.values())
+        calls = {implementation: partial(program, *args) for implementation, program in programs.items()}
+        (slow, spent), (fast, saved) = in_turn(calls, repeats).values()
         large, small = (p.memory_analysis().temp_size_in_bytes / 2**20 for p in programs.values())
         print(f"{name:14}{slow:>9.3f}{fast:>11.3f}{slow / fast:>7.2f}{spent / saved:>11.2f}"
               f"{large:>11.0f}{small:>13.0f}", flush=True)  # fmt: skip

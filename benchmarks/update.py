@@ -13,51 +13,24 @@ results.
 """
 
 import argparse
-import statistics
 import time
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timing import in_turn
 
 from tracerl_jax.diffusion.grid import round_up
 from tracerl_jax.diffusion.packing import PackedRows, pack
 from tracerl_jax.diffusion.replay import trace_item
 from tracerl_jax.diffusion.rounds import round_rows, trace_states
 from tracerl_jax.models import Model, ModelConfig
+from tracerl_jax.plan.workload import random_steps
 from tracerl_jax.rl.logprobs import packed_logprobs
 from tracerl_jax.rl.objectives import policy_loss
 
 ROW_MULTIPLE = 32
-DIFFICULTY_SPREAD = 2.0
-
-
-def random_steps(rng: np.random.Generator, length: int, B: int, tokens_per_step: float) -> np.ndarray:
-    """A step map [length] with easy and hard blocks that reveals about `tokens_per_step` tokens per denoise step.
-
-    Each step reveals each hidden token with the chance of its block, but at least one. The chances are logistic-normal;
-    their mean is found by bisection on the same random draws.
-    """
-    blocks = length // B
-    difficulty, draws, order = rng.normal(size=blocks), rng.random((B, blocks, B)), rng.random((B, blocks, B))
-
-    def decode(ease: float) -> np.ndarray:
-        steps, chance = np.zeros((blocks, B), int), 1 / (1 + np.exp(DIFFICULTY_SPREAD * difficulty - ease))
-        for t in range(B):
-            hidden = steps == 0
-            reveal = hidden & (draws[t] < chance[:, None])
-            first = np.where(hidden, order[t], -1).argmax(1)
-            reveal[np.arange(blocks), first] |= hidden.any(1)
-            steps[reveal] = t + 1
-        before = np.cumsum(steps.max(1)) - steps.max(1)
-        return (steps + before[:, None]).ravel()
-
-    low, high = -10.0, 10.0
-    for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (middle, high) if length / decode(middle).max() < tokens_per_step else (low, middle)
-    return decode(high)
 
 
 def flops(config: ModelConfig, rows: PackedRows) -> float:
@@ -134,10 +107,7 @@ def main() -> None:
     }
     losses = [float(call()[0]) for _, call in programs.values()]
     np.testing.assert_allclose(losses, losses[0], rtol=1e-4)
-    times = {name: [] for name in programs}
-    for _ in range(args.repeats):
-        for name, (_, call) in programs.items():
-            times[name].append(seconds(call))
+    times = in_turn({name: call for name, (_, call) in programs.items()}, args.repeats)
     peak = matmul_peak()
 
     per_step = args.response * args.responses / sum(s.max() for s in steps)
@@ -147,9 +117,9 @@ def main() -> None:
     )
     head = f"{'':27}{'rows':>6}{'tokens':>8}{'fill':>6}{'targets':>9}{'TFLOP':>8}"
     print(f"{head}{'memory MiB':>12}{'seconds':>9}{'of peak':>9}{'ratio':>7}")
-    fastest = statistics.median(times["packed"])
+    fastest = times["packed"].wall
     for name, (c, rows) in layouts.items():
-        middle, work = statistics.median(times[name]), flops(c, rows)
+        middle, work = times[name].wall, flops(c, rows)
         memory = programs[name][0].memory_analysis().temp_size_in_bytes / 2**20
         print(f"{name:27}{len(rows.ids):>6}{rows.token_count:>8}{rows.token_count / rows.ids.size:>6.0%}"
               f"{rows.target_count:>9}{work / 1e12:>8.3f}{memory:>12.0f}{middle:>9.2f}{work / middle / peak:>9.0%}"

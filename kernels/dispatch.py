@@ -15,15 +15,19 @@ def select(op: str, implementations: Mapping[str, Callable], name: str) -> Calla
     return implementations[name]
 
 
-def target_platform() -> str:
-    """ "cpu", "gpu" or "tpu": what the code being traced will run on.
+def target_device():
+    """What the code being traced will run on: a device, its description or its platform's name; None: nothing says so.
 
-    The devices of the mesh in force (inside shard_map, or under jax.set_mesh) decide, then jax.default_device, then the
-    default backend. So a program compiled ahead of time for a TPU on a CPU machine takes the TPU's kernels.
+    The devices of the mesh in force (inside shard_map, or under jax.set_mesh) decide, then jax.default_device. So a
+    program compiled ahead of time for a TPU on a CPU machine takes the TPU's kernels.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        device = jax.config.jax_default_device
+    return jax.config.jax_default_device if device is None else device
+
+
+def target_platform() -> str:
+    """ "cpu", "gpu" or "tpu": that of `target_device`, or the default backend."""
+    device = target_device()
     if device is None:
         return jax.default_backend()
     platform = device if isinstance(device, str) else device.platform

@@ -19,7 +19,7 @@ try:
 except ImportError:  # a JAX that has removed it
     triton = None
 
-from tracerl_jax.kernels.dispatch import target_platform
+from tracerl_jax.kernels.dispatch import target_device, target_platform
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 # Below any score and finite, so that a query that has seen no key yet keeps clear of inf - inf.
@@ -59,8 +59,8 @@ def addressable(array: jax.Array) -> bool:
 
 
 def multiprocessors() -> int:
-    """Of the GPU that the code being traced will run on, found like `target_platform`; an H100's where none says."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device or jax.devices()[0]
+    """Of the GPU that the code being traced will run on; an H100's where none says."""
+    device = target_device() or jax.devices()[0]
     return getattr(device, "num_cores", None) or getattr(device, "core_count", None) or 132
 
 

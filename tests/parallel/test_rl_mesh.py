@@ -1,15 +1,13 @@
 """Eight virtual devices in every arrangement: rollout, losses, gradients and updates of one device, sharded."""
 
-import contextlib
 import functools
-import logging
-import re
 from dataclasses import replace
 
 import jax
 import numpy as np
 import optax
 import pytest
+from engine_utils import compilations
 
 from tracerl_jax import config_io
 from tracerl_jax.config import RLSection, RunConfig, ValueSection
@@ -51,18 +49,6 @@ def random_params(head):
         return (rng.normal(size=shape.shape) / 8 + (path[-1].key == "scale")).astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(leaf, Model(CONFIG, head).abstract_params())
-
-
-@contextlib.contextmanager
-def compilations():
-    """The names of the programs compiled meanwhile."""
-    found = []
-    handler = logging.Handler()
-    handler.emit = lambda record: found.extend(re.findall(r"^Compiling (\S+)", record.getMessage()))
-    logging.getLogger("jax").addHandler(handler)
-    with jax.log_compiles():
-        yield found
-    logging.getLogger("jax").removeHandler(handler)
 
 
 def rl_step(model, learner):

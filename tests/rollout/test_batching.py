@@ -3,9 +3,9 @@
 import itertools
 import resource
 
-import jax
 import numpy as np
 import pytest
+from engine_utils import assert_same, compilations
 from golden_utils import load_golden
 
 from tracerl_jax.errors import ConfigError, DataError
@@ -45,14 +45,6 @@ def expected():
     """Every request alone, committed separately, without anything cached."""
     engine = make_engine(1, commit="separate", prefix_cache=False)
     return [next(engine.generate([request])) for request in REQUESTS]
-
-
-def assert_same(one, two, atol=1e-5):
-    for name in ("prompt_ids", "ids", "step_map", "tail_ids", "tail_step_map"):
-        np.testing.assert_array_equal(getattr(one, name), getattr(two, name), err_msg=name)
-    for name in ("logprobs", "behaviour_logprobs"):
-        np.testing.assert_allclose(getattr(one, name), getattr(two, name), atol=atol, err_msg=name)
-    assert (one.denoise_forwards, one.stop_reason) == (two.denoise_forwards, two.stop_reason)
 
 
 @pytest.mark.parametrize("config", [
@@ -197,25 +189,9 @@ def test_other_block_sizes_wait_for_their_turn(expected):
 def test_nothing_is_compiled_once_it_is_warm():
     engine = make_engine(4)
     list(engine.generate(REQUESTS))
-    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
-        names = []
-        patch.setattr("logging.Logger.isEnabledFor", lambda self, level: True)
-        handler = _Collect(names)
-        logger = __import__("logging").getLogger("jax")
-        logger.addHandler(handler)
+    with compilations() as names:
         list(engine.generate(draw_requests(24, 5)))
-        logger.removeHandler(handler)
     assert names == []
-
-
-class _Collect(__import__("logging").Handler):
-    def __init__(self, names):
-        super().__init__()
-        self.names = names
-
-    def emit(self, record):
-        if record.getMessage().startswith("Compiling "):
-            self.names.append(record.getMessage())
 
 
 def test_int8_cache_stays_close():

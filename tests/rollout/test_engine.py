@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from engine_utils import assert_same
 from golden_utils import load_golden
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -30,14 +31,6 @@ def make_engine(slots=8, params=PARAMS, model=MODEL, **config):
 
 def decode_one(engine, prompt=PROMPT, sample_index=0, **options):
     return next(engine.generate([Request(prompt, SamplingOptions(**options), sample_index), EVERYTHING]))
-
-
-def assert_same(one, two, atol=1e-5):
-    for name in ("prompt_ids", "ids", "step_map", "tail_ids", "tail_step_map"):
-        np.testing.assert_array_equal(getattr(one, name), getattr(two, name), err_msg=name)
-    for name in ("logprobs", "behaviour_logprobs"):
-        np.testing.assert_allclose(getattr(one, name), getattr(two, name), atol=atol, err_msg=name)
-    assert (one.denoise_forwards, one.stop_reason) == (two.denoise_forwards, two.stop_reason)
 
 
 @jax.jit

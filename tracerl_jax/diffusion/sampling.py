@@ -4,8 +4,7 @@ The order is the one of the reference's sampler: temperature, then top-k, then t
 sort logits [.., V]; where no row uses them, the head is fused with the draw and no such array exists.
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +94,7 @@ def propose(
         proposal = Proposal(draws.ids, draws.logprobs, draws.allowed_logprobs, confidence, draws.entropy)
     # A comparison with NaN can pick anything, and a block into which MASK is "revealed" would never be complete.
     ids = jnp.where(jnp.isfinite(proposal.logprobs), proposal.ids, jnp.argmin(banned).astype(jnp.int32))
-    return dataclasses.replace(proposal, ids=ids)
+    return replace(proposal, ids=ids)
 
 
 def _propose_filtered(logits, keys, banned, temperature, top_k, top_p, truncated_confidence, use_entropy) -> Proposal:

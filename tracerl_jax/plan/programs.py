@@ -24,10 +24,10 @@ from tracerl_jax.plan.hlo_cost import KernelCost
 from tracerl_jax.plan.kernel_costs import attention_cost, decode_cost
 from tracerl_jax.plan.workload import Workload, sample_traces
 from tracerl_jax.rl.experience import Sample
+from tracerl_jax.rl.loop import make_learner
 from tracerl_jax.rl.update import Learner, Replay, plan_replays
 from tracerl_jax.rollout.engine import Engine, EngineConfig, Request
 from tracerl_jax.rollout.weights import abstract_rollout_params, convert, needs_copy, rollout_model
-from tracerl_jax.training.optimizer import make_optimizer
 from tracerl_jax.training.run import rollout_options
 
 log = logging.getLogger(__name__)
@@ -94,14 +94,7 @@ def plan_run(config: RunConfig, mesh: Mesh, workload: Workload) -> PlannedRun:
         raise ConfigError("rl.steps is 0: a plan is of the programs of RL, and this run has only supervised training")
     model = Model(model_config(config), mesh=mesh)
     config.check_states(model.config.block_size)
-    updates = config.rl.steps * config.rl.minibatches * config.rl.epochs
-    learner = Learner(
-        model,
-        dataclasses.replace(config.rl, normaliser_constant=config.rl.normaliser_constant or config.rollout.max_tokens),
-        config.value,
-        make_optimizer(config.rl.optimizer, updates),
-        make_optimizer(config.value.optimizer, updates),
-    )
+    learner = make_learner(model, config)
     resident = _resident(config, learner)
     decoder = rollout_model(model, config.rollout.tensor)
     try:

@@ -11,6 +11,7 @@ from tracerl_jax.config import RunConfig
 from tracerl_jax.data.iterator import PromptIterator
 from tracerl_jax.data.prompts import Problem
 from tracerl_jax.diffusion.trace import Trace
+from tracerl_jax.models import Model
 from tracerl_jax.report.metrics import MetricLog, PhaseTimer, merge
 from tracerl_jax.report.samples import sample_row
 from tracerl_jax.rl.experience import Sample, experience_metrics, judge, select
@@ -27,10 +28,10 @@ from tracerl_jax.training.step import UpdateResult
 log = logging.getLogger(__name__)
 
 
-def make_learner(run: Run) -> Learner:
-    config = run.config
+def make_learner(model: Model, config: RunConfig) -> Learner:
+    """The learner of a run with this config, and of its plan."""
     return Learner(
-        run.model,
+        model,
         dataclasses.replace(
             config.rl, normaliser_constant=config.rl.normaliser_constant or config.rollout.max_tokens
         ),

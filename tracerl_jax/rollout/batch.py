@@ -1,10 +1,10 @@
 """The slots of an engine: which request each decodes, the arrays on the device, and the calls that move them on."""
 
-import functools
+import dataclasses
 import math
 import operator
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -77,8 +77,10 @@ class Needs(NamedTuple):
     filters: bool = False
     entropy: bool = False
 
-    def __or__(self, other: "Needs") -> "Needs":
-        return Needs(*(a or b for a, b in zip(self, other, strict=True)))
+    @classmethod
+    def of(cls, entries: Iterable[Entry]) -> "Needs":
+        """Of all of these together."""
+        return cls(*map(any, zip(cls(), *(entry.needs for entry in entries), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ class Batch:
     def admit(self, params: dict, waiting: deque[Entry]) -> None:
         """Give free slots to the oldest waiting requests, as far as slots and pages go."""
         if not self.running:  # programs change between streams of requests, not within one
-            self._needs = functools.reduce(operator.or_, (e.needs for e in waiting if self.fits(e)), Needs())
+            self._needs = Needs.of(entry for entry in waiting if self.fits(entry))
         fresh, free = [], self._free_slots()
         while waiting and self.fits(waiting[0]):
             n = self._place_for(waiting[0], free)
@@ -171,7 +173,7 @@ class Batch:
                 break
             fresh.append(n)
             self.entries[n] = waiting.popleft()
-            self._needs |= self.entries[n].needs
+            self._needs = Needs(*map(operator.or_, self._needs, self.entries[n].needs))
             self._stopped[n] = False
         if not fresh and not self._stopped.any():
             return
@@ -242,7 +244,7 @@ class Batch:
         copies = [n for n in fresh if self.entries[n].pages.source is not None]
         if copies:
             cache = self._copy(cache, copies)
-        self._state = _replace(self._state, cache=cache)
+        self._state = dataclasses.replace(self._state, cache=cache)
         for n in copies:
             self._pools[self._shard(n)].unpin(self.entries[n].pages)
 
@@ -366,7 +368,7 @@ class Batch:
         """Every slot done."""
         abstract = self._abstract_state()
         state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), abstract)
-        return _replace(state, done=self._put(np.ones(self.shape.slots, bool)))
+        return dataclasses.replace(state, done=self._put(np.ones(self.shape.slots, bool)))
 
     def memory_bytes(self) -> dict[str, int]:
         """{"cache", "state"} on all devices together."""
@@ -384,7 +386,7 @@ class Batch:
             return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=sharding), tree)
 
         state, number = self._abstract_state(), spec(np.int32(0), everywhere)
-        self._needs = functools.reduce(operator.or_, (entry.needs for entry in waiting), Needs())
+        self._needs = Needs.of(waiting)
         fresh, free, programs = [], self._free_slots(), {}
         while waiting and (n := self._place_for(waiting[0], free)) is not None:
             self.entries[n] = waiting.popleft()
@@ -395,10 +397,6 @@ class Batch:
         banned, rows = spec(self._banned, everywhere), spec(self._rows, self._place)
         programs["decode"] = decode.trace(self._program(), params, banned, rows, state, number, number)
         return programs
-
-
-def _replace(state: State, **changes) -> State:
-    return State(**{**{name: getattr(state, name) for name in State.__dataclass_fields__}, **changes})
 
 
 def _length_bucket(n: int) -> int:

@@ -12,12 +12,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding
 
 from tracerl_jax.diffusion.grid import block_of, block_start
 from tracerl_jax.kernels.decode import KVCache, quantize_kv
 from tracerl_jax.models.decoder import KV, Model
-from tracerl_jax.parallel.sharding import cache_sharding, mesh_spec
+from tracerl_jax.parallel.sharding import batch_sharding, cache_sharding, mesh_spec
 
 _CACHE = ("layers", "batch", "kv_heads")  # of [L,P,K,C,..]
 _NEW = ("layers", "batch", None, "kv_heads")  # of [L,N,T,K,..]
@@ -29,7 +28,7 @@ def cache_shapes(model: Model, slots: int, pages: int, page_size: int, width: in
     c, mesh = model.config, model.mesh
     shape = (c.num_layers, pages, c.num_kv_heads, page_size, c.head_dim)
     place = None if mesh is None else cache_sharding(mesh)
-    rows = None if mesh is None else NamedSharding(mesh, mesh_spec(_ROWS, mesh))
+    rows = None if mesh is None else batch_sharding(mesh)
     values = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place)
     scales = jax.ShapeDtypeStruct(shape[:-1], jnp.float32, sharding=place) if dtype == "int8" else None
     return KVCache(values, values, scales, scales, jax.ShapeDtypeStruct((slots, width), jnp.int32, sharding=rows))

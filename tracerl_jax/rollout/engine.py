@@ -5,8 +5,8 @@
     finished   fetched, their pages released; the next chunk starts with the slots refilled
 
 While requests wait, the host looks at the device when a further eighth of the slots is done; in any case after
-`forwards_per_chunk` forwards. Requests that
-share a block size are decoded together; those of another one wait until the slots are empty, in the order they came.
+`forwards_per_chunk` forwards. Requests that share a block size are decoded together; those of another one wait until
+the slots are empty, in the order they came.
 
 Shapes come from few buckets, so that few programs are compiled:
 
@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator
 import jax
 import numpy as np
 
+from tracerl_jax.diffusion.grid import round_up
 from tracerl_jax.diffusion.sampling import banned_ids
 from tracerl_jax.diffusion.trace import Trace
 from tracerl_jax.errors import ConfigError, DataError
@@ -86,14 +87,13 @@ class Engine:
         Raises a UserError naming the request when a prompt is empty, holds MASK or an unknown id, or is too long; all
         are checked before anything runs. Closing the iterator cancels what is left.
         """
-        entries = [self._resolve(request, f"request {i}") for i, request in enumerate(requests)]
-        return self._generate(entries)
+        return self._generate(self._resolve_all(requests))
 
     def check(self, request: Request, where: str = "request") -> None:
         """Raise the UserError that `generate` would, its message starting with `where`."""
         self._resolve(request, where)
 
-    def _generate(self, entries: list[Entry]) -> Iterator[Trace]:
+    def _generate(self, entries: Iterable[Entry]) -> Iterator[Trace]:
         numbers = [self._enqueue(entry) for entry in entries]
         self._streamed.update(numbers)
         following = 0
@@ -171,24 +171,29 @@ class Engine:
 
         Known before anything runs where `max_length` is set; otherwise for decoding `requests`.
         """
-        entries = deque(self._resolve(request, f"request {i}") for i, request in enumerate(requests))
-        return batch_for(self.model, self.config, self._banned, entries, None).memory_bytes()
+        return self._batch_of(self._resolve_all(requests)).memory_bytes()
 
     def traced(self, requests: Iterable[Request]) -> dict[str, jax.stages.Traced]:
         """"prefill" and "decode" as these requests run them, for abstract parameters; nothing runs."""
-        entries = deque(self._resolve(request, f"request {i}") for i, request in enumerate(requests))
-        return batch_for(self.model, self.config, self._banned, entries, None).traced(self.params, entries)
+        entries = self._resolve_all(requests)
+        return self._batch_of(entries).traced(self.params, entries)
 
     def commits_fused(self, requests: Iterable[Request]) -> bool:
         """Whether the engine would commit blocks of these requests by the forward of the next block."""
-        entries = deque(self._resolve(request, f"request {i}") for i, request in enumerate(requests))
-        return batch_for(self.model, self.config, self._banned, entries, None).fused
+        return self._batch_of(self._resolve_all(requests)).fused
+
+    def _batch_of(self, entries: deque[Entry]) -> Batch:
+        """The batch that an idle engine would make for these."""
+        return batch_for(self.model, self.config, self._banned, entries, None)
 
     def _enqueue(self, entry: Entry) -> int:
         self._reshape = True  # an empty engine takes as many slots, and as long ones, as those that wait need
         entry.number, self._next_number = self._next_number, self._next_number + 1
         self._waiting.append(entry)
         return entry.number
+
+    def _resolve_all(self, requests: Iterable[Request]) -> deque[Entry]:
+        return deque(self._resolve(request, f"request {i}") for i, request in enumerate(requests))
 
     def _resolve(self, request: Request, where: str) -> Entry:
         c, options, limit = self.model.config, request.options, self.config.max_length
@@ -221,7 +226,7 @@ class Engine:
         if limit is not None and entry.limit > limit:
             raise DataError(f"{need} but the engine's max_length is {limit}; shorten the prompt or lower max_tokens")
         if self.config.pages is not None:
-            page = entry.block_size * -(-self.config.page_size // entry.block_size)
+            page = round_up(self.config.page_size, entry.block_size)
             if -(-entry.end // page) > self.config.pages - 1:
                 raise DataError(f"{need} but the cache has {self.config.pages} pages of {page} tokens, one of them "
                                 "reserved; raise pages, shorten the prompt or lower max_tokens")  # fmt: skip

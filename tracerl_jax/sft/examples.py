@@ -58,17 +58,17 @@ def drop_long(
     bad, kept = BadRows(on_bad_row), []
     for example in examples:
         # No item is larger than this; few examples come near it.
-        if len(example.prompt_ids) + (block_size + 1) * (len(example.response_ids) + block_size) <= config.row_length:
-            kept.append(example)
-            continue
-        (item,) = make_items([example], everything, block_size=block_size, mask_id=mask_id, seed=0, update=0)
-        if item.size <= config.row_length:
+        size = len(example.prompt_ids) + (block_size + 1) * (len(example.response_ids) + block_size)
+        if size > config.row_length:
+            (item,) = make_items([example], everything, block_size=block_size, mask_id=mask_id, seed=0, update=0)
+            size = item.size
+        if size <= config.row_length:
             kept.append(example)
             continue
         bad.add(
             f"{example.source}: prompt and response ({len(example.prompt_ids)} and {len(example.response_ids)} tokens) "
-            f"take up to {item.size} tokens of a training row, sft.row_length is {config.row_length}",
-            f"set sft.row_length to at least {item.size}, or a lower sft.max_response_tokens",
+            f"take up to {size} tokens of a training row, sft.row_length is {config.row_length}",
+            f"set sft.row_length to at least {size}, or a lower sft.max_response_tokens",
         )
     bad.report(len(kept))
     if not kept:

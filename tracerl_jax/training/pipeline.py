@@ -33,7 +33,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     if not config.sft.steps and not config.rl.steps:
         raise ConfigError("nothing to do: sft.steps and rl.steps are both 0")
     with Run(config) as run:
-        learner = make_learner(run)
+        learner = make_learner(run.model, config)
         sft_optimizer = make_optimizer(config.sft.optimizer, config.sft.steps)
         progress, trees = _restore(run, learner, sft_optimizer)
         if progress.phase == "sft":

@@ -234,12 +234,11 @@ class Run:
         return load_hf(self.config.value.path, mesh=self.mesh, head="value")[1]
 
     def engine(self, params: Any) -> Engine:
-        valid = valid_vocab(self.tokenizer, self.model.config.vocab_size)
-        model = rollout_model(self.model, self.config.rollout.tensor)
-        slots = self.config.rollout.slots_per_device * row_shards(model.mesh)
-        section = self.config.rollout
-        return Engine(model, params, EngineConfig(slots, commit=section.commit, kv_dtype=section.kv_dtype,
-                                                  valid_vocab=valid))  # fmt: skip
+        section, valid = self.config.rollout, valid_vocab(self.tokenizer, self.model.config.vocab_size)
+        model = rollout_model(self.model, section.tensor)
+        slots = section.slots_per_device * row_shards(model.mesh)
+        config = EngineConfig(slots, commit=section.commit, kv_dtype=section.kv_dtype, valid_vocab=valid)
+        return Engine(model, params, config)
 
     def watch(self, traces: Iterable[Trace]) -> Iterator[Trace]:
         """Passes traces on; raises Interrupted between them when a signal asked to stop."""
