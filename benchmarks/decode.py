@@ -87,7 +87,7 @@ def chunked_work(chip: str, Q: int, store: str, longest: int) -> Cost:
     traced = jax.jit(chunked_decode_attention).trace(*args)
     module = parse(traced.lower(lowering_platforms=(CHIPS[chip].platform,)).compile().as_text())
     (loop,) = program_cost(module, {}).unknown_loops
-    return program_cost(module, {}, loops={loop: -(-longest // CHUNK)})
+    return program_cost(module, {}, loops={loop: -(-longest // CHUNK["tpu"])})
 
 
 def report_roofline() -> None:

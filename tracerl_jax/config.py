@@ -129,6 +129,7 @@ class RolloutSection:
     slots_per_device: int = _doc(64, "sequences that one copy of the weights (see `tensor`) decodes together")
     tensor: int | None = _doc(None, "devices that share one copy of the weights in decoding, default: mesh.tensor")
     commit: Literal["auto", "separate", "fused"] = _doc("auto", "commit a block by a forward of its own or by the next")
+    drafts: int = _doc(1, "denoise steps that a forward with fused commit guesses and verifies; changes no result")
     kv_dtype: Literal["compute", "int8"] = _doc("compute", "dtype of the key/value cache")
     block_size: int | None = _doc(None, "block size, default: the model's")
     denoising_steps: int | None = _doc(None, "schedule length S, default: the block size")

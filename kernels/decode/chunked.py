@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from tracerl_jax.kernels.decode.cache import KVCache
+from tracerl_jax.kernels.dispatch import target_platform
 
-# On a CPU (`benchmarks/decode.py`) 128 is fastest; 256 costs a tenth more, a third where slots are short; 64 up to half
-# more, 512 up to twice as much. An accelerator wants few steps.
-CHUNK = 256
+# By `benchmarks/decode.py` on a CPU: 256 costs a tenth more, a third where slots are short; 64 up to half more, 512 up
+# to twice as much. An accelerator wants few steps.
+CHUNK = {"cpu": 128, "gpu": 256, "tpu": 256}
 # Below any score and finite, so that a query that has seen no key yet keeps clear of inf - inf.
 LOWEST = -1e30
 
@@ -34,8 +35,8 @@ def chunked_decode_attention(
     """See `decode_attention`. `chunk`: for tests."""
     N, Q, H, D = q.shape
     K, C, S = k_new.shape[2], cache.k.shape[3], cache.capacity
-    # A chunk is a part of a page, or J whole pages.
-    size = min(S, chunk or CHUNK) if cache.pages is None else C * max(1, min(S, chunk or CHUNK) // C)
+    chunk = min(S, chunk or CHUNK[target_platform()])
+    size = chunk if cache.pages is None else C * max(1, chunk // C)  # a part of a page, or whole pages
     rows = q.reshape(N, Q, K, H // K, D).transpose(0, 2, 3, 1, 4).reshape(N, K, -1, D)  # [N, K, X, D]
 
     def load(array: jax.Array | None, start: jax.Array) -> jax.Array | None:  # -> [N, K, size, ..]

@@ -131,16 +131,16 @@ def _rollout_programs(config: RunConfig, model: Model, policy: Any, workload: Wo
     # The vocabulary is the model's: only a tokenizer would know of padding at its end.
     engine = Engine(
         model, abstract_rollout_params(model),
-        EngineConfig(slots, commit=section.commit, kv_dtype=section.kv_dtype),
+        EngineConfig(slots, commit=section.commit, drafts=section.drafts, kv_dtype=section.kv_dtype),
     )  # fmt: skip
     options = rollout_options(config, seed=0)
     requests = [
         Request(_prompt(i // section.samples_per_prompt, config, model.config), options, sample_index=i)
         for i in range(samples)
     ]
-    traced, fused = engine.traced(requests), engine.commits_fused(requests)
+    traced, groups = engine.traced(requests), engine.groups(requests)
     B = options.block_size or model.config.block_size
-    forwards, live = _decoding(config, workload, B, slots, fused)
+    forwards, live = _decoding(config, workload, B, slots, groups > 1)
     copied, mesh = needs_copy(model, policy), model.mesh
     kept = () if copied else policy
     sync = [PlannedProgram("sync", convert.trace(model, policy), mesh, 1, policy)] if copied else []
@@ -148,9 +148,11 @@ def _rollout_programs(config: RunConfig, model: Model, policy: Any, workload: Wo
         raise ConfigError(f"task.max_prompt_tokens is {config.task.max_prompt_tokens}, less than a block of {B}")
     prompts = _block_causal(*traced["prefill"].args_info[0][2].shape, B)
     calls = math.ceil(section.prompts_per_step / shards / (len(prompts) // shards))
-    # The head sees the positions still masked, (tokens_per_step + B) / 2 of a block on average, a group at a time.
-    positions = min(slots, samples) / shards * B
+    # The head sees the positions still masked, (tokens_per_step + B) / 2 of a block on average, a group at a time. No
+    # draft is assumed to be right.
+    positions = min(slots, samples) / shards * B * groups
     head_groups = math.ceil((workload.tokens_per_step + B) / (2 * B) * positions / group_size(round(positions)))
+    chunk = CHUNK[mesh.devices.flat[0].platform.replace("cuda", "gpu")]
     return sync + [
         PlannedProgram(
             "prefill", traced["prefill"], mesh, calls, kept,
@@ -160,8 +162,8 @@ def _rollout_programs(config: RunConfig, model: Model, policy: Any, workload: Wo
             "decode", traced["decode"], mesh, 1, kept,
             # Of the engine, of the fused head, and of `chunked_decode_attention` for backends without a kernel.
             {"jit(decode)/while": forwards, "body/shard_map/while": head_groups,
-             "attention/shard_map/while": math.ceil(live / CHUNK)},
-            decode_cost(model.config, mesh, min(slots, samples), (1 + fused) * B, live, section.kv_dtype),
+             "attention/shard_map/while": math.ceil(live / chunk)},
+            decode_cost(model.config, mesh, min(slots, samples), groups * B, live, section.kv_dtype),
         ),
     ]  # fmt: skip
 

@@ -28,6 +28,7 @@ SHORTEST = 32  # tokens of the smallest length bucket
 STOP_IDS_STEP = 4  # columns by which the table of stop ids grows
 PROMPTS_PER_CALL = (1, 4, 16)  # of a shard
 REFILL_SHARE = 8  # a chunk ends when one in so many slots is done
+HALVINGS = 3  # of the slots that take part in a forward, as requests run out
 # A forward costs what reading the weights costs up to about so many tokens on a device; beyond, every token costs.
 # (FLOPs over bytes: of a v5p 166, a v6e 560, an H100 295, of a CPU core and fp32 weights some tens.)
 FREE_TOKENS = {"cpu": 16, "gpu": 256, "tpu": 128}
@@ -294,12 +295,10 @@ class Batch:
     def decode(self, params: dict, waiting: deque[Entry]) -> dict[int, Trace]:
         """One chunk; the traces of the requests that it finished, by number."""
         N = self.shape.slots
-        idle = N - self.running
-        more = bool(waiting) and self.fits(waiting[0])
-        enough = min(N, idle + max(1, N // REFILL_SHARE)) if more else N
+        chosen, enough = self._part(bool(waiting) and self.fits(waiting[0]))
         self._state = decode(
             self._program(), params, self._banned, self._device_rows, self._state,
-            np.int32(self.config.forwards_per_chunk), np.int32(enough),
+            np.int32(self.config.forwards_per_chunk), np.int32(enough), self._put(chosen),
         )  # fmt: skip
         done = jax.device_get(self._state.done)
         finished = [n for n in range(N) if self.entries[n] is not None and done[n]]
@@ -312,6 +311,38 @@ class Batch:
             entry = self._release(n)
             traces[entry.number] = _trace(entry, *(array[n] for array in fetched))
         return traces
+
+    def _part(self, more: bool) -> tuple[np.ndarray | None, int]:
+        """(slots of the next chunk, numbered within their shard, or None for all; how many of them shall be done at
+        its end). `more`: requests wait for a free slot.
+
+        Where every token costs, slots that are done cost as much as others: as requests run out, the chunk ends when
+        those that are left fit half the batch.
+        """
+        shards, sizes = self._shards, self._part_sizes()
+        members = [[n for n in range(sizes[0]) if self.entries[shard * sizes[0] + n]] for shard in range(shards)]
+        longest = max(map(len, members))
+        size, smaller = next(pair for pair in reversed(list(zip(sizes, [*sizes[1:], 0], strict=True)))
+                             if pair[0] >= longest)  # fmt: skip
+        total, running = shards * size, self.running
+        if more:
+            enough = min(total, total - running + max(1, self.shape.slots // REFILL_SHARE))
+        else:
+            enough = max(total - shards * smaller, total - running + 1)
+        if size == sizes[0]:
+            return None, enough
+        for shard, slots in enumerate(members):
+            idle = (n for n in range(sizes[0]) if self.entries[shard * sizes[0] + n] is None)
+            slots += [next(idle) for _ in range(size - len(slots))]
+        return np.array(members, np.int32).reshape(-1), enough
+
+    def _part_sizes(self) -> list[int]:
+        """Slots of a shard that may take part in a forward: all, a half, .. as long as fewer tokens take less time."""
+        sizes = [self.shape.slots // self._shards]
+        least = FREE_TOKENS[target_platform()] // (self.groups * self.shape.block_size)
+        while len(sizes) <= HALVINGS and sizes[-1] > max(1, least):
+            sizes.append(-(-sizes[-1] // 2))
+        return sizes
 
     def partial(self) -> dict[int, np.ndarray]:
         """Ids [r] of the finished blocks of every running request, by number."""
@@ -331,14 +362,16 @@ class Batch:
         return entry
 
     def _program(self) -> Program:
-        return Program(self.model, self.shape.block_size, self.fused, *self._needs)
+        return Program(self.model, self.shape.block_size, self.groups, *self._needs)
 
     @property
-    def fused(self) -> bool:
-        """Whether a block is committed by the forward of the next one."""
-        if self.config.commit != "auto":
-            return self.config.commit == "fused"
-        return 2 * self.shape.block_size * self.shape.slots // self._shards <= FREE_TOKENS[target_platform()]
+    def groups(self) -> int:
+        """Groups of a block's size in a forward; 1: blocks are committed by forwards of their own."""
+        groups, commit = 1 + self.config.drafts, self.config.commit
+        if commit == "auto":
+            tokens = groups * self.shape.block_size * self.shape.slots // self._shards
+            commit = "fused" if tokens <= FREE_TOKENS[target_platform()] else "separate"
+        return 1 if commit == "separate" else groups
 
     def _shard(self, n: int) -> int:
         return n // (self.shape.slots // self._shards)
@@ -359,6 +392,7 @@ class Batch:
         return State(
             canvas=spec("int32", N, S), step_map=spec("int32", N, S), logprobs=spec("float32", N, S),
             behaviour_logprobs=spec("float32", N, S), start=spec("int32", N), pending=spec("bool", N),
+            drafts=spec("int32", N, self.groups - 1, self.shape.block_size),
             block_step=spec("int32", N), steps=spec("int32", N), forwards=spec("int32", N), done=spec("bool", N),
             cache=cache_shapes(self.model, N, self._shards * self._pages, self.shape.page_size, self.shape.width,
                                dtype),

@@ -20,7 +20,7 @@ from tracerl_jax.parallel.sharding import batch_sharding, cache_sharding, mesh_s
 
 _CACHE = ("layers", "batch", "kv_heads")  # of [L,P,K,C,..]
 _NEW = ("layers", "batch", None, "kv_heads")  # of [L,N,T,K,..]
-_ROWS = ("batch",)
+ROWS = ("batch",)
 
 
 def cache_shapes(model: Model, slots: int, pages: int, page_size: int, width: int, dtype: str) -> KVCache:
@@ -55,7 +55,7 @@ def prefill(
     first, nothing = jnp.where(known, start[:, None], 0), jnp.zeros_like(positions)
     last = jnp.where(known, S + end - start[:, None], 0)
     intervals = jnp.stack([nothing, first, nothing + S, last], axis=-1)
-    read = _on_shards(model, _read_pages, (_CACHE,) * 4 + (_ROWS, ()), (("batch", None, "kv_heads"),) * 2)
+    read = on_shards(model, _read_pages, (_CACHE,) * 4 + (ROWS, ()), (("batch", None, "kv_heads"),) * 2)
 
     def prefix(layer):  # -> keys, values [U,S,K,D]; what lies behind `start` is none of this prompt's business
         visible = (jnp.arange(S) < start[:, None])[..., None, None]
@@ -80,7 +80,7 @@ def copy_pages(model: Model, cache: KVCache, source: jax.Array, target: jax.Arra
 
         return lax.fori_loop(0, count[0], one, array)
 
-    run = _on_shards(model, copy, (_CACHE, _ROWS, _ROWS, _ROWS), _CACHE)
+    run = on_shards(model, copy, (_CACHE, ROWS, ROWS, ROWS), _CACHE)
     arrays = [None if array is None else run(array, source, target, count) for array in cache[:4]]
     return KVCache(*arrays, cache.pages)
 
@@ -106,7 +106,7 @@ def _write(model: Model, cache: KVCache, kv: KV, page: jax.Array, offset: jax.Ar
 
         return lax.fori_loop(0, len(page), one, array)
 
-    run = _on_shards(model, write, (_CACHE, _NEW, _ROWS, _ROWS), _CACHE)
+    run = on_shards(model, write, (_CACHE, _NEW, ROWS, ROWS), _CACHE)
     if cache.k_scale is None:
         return cache._replace(k=run(cache.k, kv.k, page, offset), v=run(cache.v, kv.v, page, offset))
     (k, k_scale), (v, v_scale) = quantize_kv(kv.k), quantize_kv(kv.v)
@@ -127,7 +127,7 @@ def _read_pages(k, v, k_scale, v_scale, pages, layer):
     return read(k, k_scale), read(v, v_scale)
 
 
-def _on_shards(model: Model, function: Callable, axes: tuple, out_axes: tuple) -> Callable:
+def on_shards(model: Model, function: Callable, axes: tuple, out_axes: tuple) -> Callable:
     """`function` on each device's pages and rows; page numbers are those of the device's own shard."""
     if model.mesh is None:
         return function

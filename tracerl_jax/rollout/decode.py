@@ -8,8 +8,18 @@
 
     separate commit   Q = B    block has MASK    denoise: propose, rank, reveal, record
                                block complete    commit: its K/V are now those of the final tokens; on to the next block
-    fused commit      Q = 2B   [finished block | current block]: the finished block's K/V are committed by the forward
-                               that denoises the next one. A slot without a finished block ignores the first half.
+    fused commit      Q = GB   the finished block's K/V are committed by the forward that denoises the next one
+
+A forward of a fused commit holds G = 1 + drafts groups of B tokens, at least two. A group sees the cache and itself:
+
+    group             0                   1           2           ..   G - 1
+    block finished    finished block      s0          -                -          s0 sees group 0 too
+    otherwise         s(G-1)              s0          s1               s(G-2)
+
+s0 is the current block as it is. s1, s2, .. are drafts: what the forward before suggested that the block would be one,
+two, .. denoise steps later. If the reveal from s0 leads to s1, then the forward has computed the next step as well, and
+so on: several steps of a forward, all of them those that would have been taken one by one. A draft that is wrong costs
+its computation and nothing else. Noise belongs to a step, not to a forward, so this holds for sampling too.
 
 The last block, once complete, ends the slot: nobody needs its K/V. A slot that is done computes nothing of use and
 writes to page 0, which belongs to nobody.
@@ -18,8 +28,11 @@ With a separate commit every forward writes the block's K/V at their place. Only
 later forwards see, so a denoise step's K/V are overwritten by the next one and those of the commit stay.
 """
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +40,10 @@ from jax import lax
 
 from tracerl_jax.diffusion.grid import block_of, block_start
 from tracerl_jax.diffusion.reveal import choose_reveals, scheduled_count
-from tracerl_jax.diffusion.sampling import propose
+from tracerl_jax.diffusion.sampling import Proposal, propose
 from tracerl_jax.kernels.decode import KVCache
 from tracerl_jax.models.decoder import Model
-from tracerl_jax.rollout.cache import write_blocks
+from tracerl_jax.rollout.cache import ROWS, on_shards, write_blocks
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,7 @@ class Program:
 
     model: Model
     block_size: int
-    fused: bool  # commit a block by the forward of the next one
+    groups: int  # of B tokens in a forward; 1: commit blocks by a forward of their own
     use_noise: bool  # some slot has temperature > 0
     use_filters: bool  # some such slot uses top-k or top-p
     use_entropy: bool  # some slot is entropy_bounded
@@ -77,6 +90,7 @@ class State:
     behaviour_logprobs: jax.Array  # [N,S] f32
     start: jax.Array  # [N] int32, of the current block
     pending: jax.Array  # [N] bool, the block before is finished but not committed (fused commit only)
+    drafts: jax.Array  # [N,G-1,B] int32, the current block after one, two, .. more denoise steps, as guessed
     block_step: jax.Array  # [N] int32, denoise steps done in the current block
     steps: jax.Array  # [N] int32, denoise steps done in all blocks
     forwards: jax.Array  # [N] int32, these and commits
@@ -106,6 +120,7 @@ def refill(
         behaviour_logprobs=put(0.0, state.behaviour_logprobs),
         start=put(block_start(block_of(rows.prompt_len, block_size), block_size), state.start),
         pending=put(False, state.pending),
+        drafts=put(0, state.drafts),
         block_step=put(0, state.block_step),
         steps=put(0, state.steps),
         forwards=put(0, state.forwards),
@@ -123,8 +138,19 @@ def decode(
     state: State,
     most: jax.Array,  # [] int32, forwards
     enough: jax.Array,  # [] int32, slots
+    chosen: jax.Array | None = None,  # [n] int32, n <= N
 ) -> State:
-    """Up to `most` forwards, or until `enough` slots are done. Nothing leaves the device meanwhile."""
+    """Up to `most` forwards, or until `enough` slots are done. Nothing leaves the device meanwhile.
+
+    `chosen`: only these slots take part and are counted; numbered within their shard, as many of each. Keys and values
+    stay where they are: what moves is the slots' place in the batch.
+    """
+    if chosen is not None:
+        take = on_shards(program.model, lambda x, chosen: x[chosen], (ROWS, ROWS), ROWS)
+        put = on_shards(program.model, lambda old, new, chosen: old.at[chosen].set(new), (ROWS,) * 3, ROWS)
+        part = _per_slot(lambda x: take(x, chosen), state)
+        part = decode(program, params, banned, jax.tree.map(lambda x: take(x, chosen), rows), part, most, enough)
+        return _per_slot(lambda old, new: put(old, new, chosen), state, part)
     keys = _row_keys(rows)
 
     def going_on(carry):
@@ -148,65 +174,84 @@ def _row_keys(rows: Rows) -> jax.Array:
     return jax.vmap(row_key)(rows.seed, rows.prompt_hash, rows.sample_index)
 
 
+def _per_slot(function: Callable, state: State, *others: State) -> State:
+    """`function` on every array with a row for each slot; the keys and values are those of the last state."""
+    def split(state):  # pages are per slot, keys and values are not
+        return dataclasses.replace(state, cache=state.cache.pages), state.cache
+
+    (first, cache), *rest = map(split, (state, *others))
+    mapped = jax.tree.map(function, first, *(state for state, _ in rest))
+    cache = rest[-1][1] if rest else cache
+    return dataclasses.replace(mapped, cache=cache._replace(pages=mapped.cache))
+
+
+class _Step(NamedTuple):
+    """What is known of the current block, and what the denoise steps of a forward revealed of it. Each [N,B]."""
+
+    block: jax.Array
+    revealed: jax.Array  # bool
+    step_map: jax.Array
+    logprobs: jax.Array
+    behaviour_logprobs: jax.Array
+
+
 def _forward(program: Program, params: dict, banned: jax.Array, rows: Rows, keys: jax.Array, state: State) -> State:
     """One forward of every slot, and what follows from it."""
-    model, B = program.model, program.block_size
+    B, G, mask_id = program.block_size, program.groups, program.model.config.mask_token_id
+    fused, active = G > 1, ~state.done
     positions = state.start[:, None] + jnp.arange(B)  # [N,B]
     block = jnp.take_along_axis(state.canvas, positions, axis=1)
-    masked = (block == model.config.mask_token_id) & ~state.done[:, None]
-    denoising = masked.any(axis=-1)
-    active = ~state.done
+    chain = jnp.concatenate([block[:, None], state.drafts], axis=1)  # [N,G,B]: s0, s1, ..
+    masked = (chain == mask_id) & active[:, None, None]
 
-    hidden, cache = _attend(program, params, state, block, positions)
-    steps = state.steps + denoising
-    proposal = propose(
-        hidden,
-        model.head_kernel(params),
-        jax.vmap(jax.random.fold_in)(keys, steps) if program.use_noise else None,
-        banned,
-        rows.temperature,
-        rows.top_k,
-        rows.top_p,
-        rows.truncated_confidence,
-        masked,
-        use_filters=program.use_filters,
-        use_entropy=program.use_entropy,
-        mesh=model.mesh,
-    )
-    revealed = choose_reveals(
-        masked,
-        proposal.confidence,
-        proposal.entropy,
-        rows.strategy,
-        scheduled_count(state.block_step, rows.denoising_steps, B),
-        rows.threshold,
-        rows.entropy_bound,
-    )
+    hidden, cache = _attend(program, params, state, chain, positions)
+    number = state.steps[:, None] + 1 + jnp.arange(G)  # [N,G], of the denoise step from each state
+    propose_for = partial(_propose, program, params, banned, rows, keys)
+    proposals = propose_for(hidden, number, masked)
 
-    block = jnp.where(revealed, proposal.ids, block)
-    complete = denoising & ~(masked & ~revealed).any(axis=-1)
+    # From s0 to s1 and on, as long as a draft is what the step before it leads to.
+    nothing = jnp.zeros_like(block)
+    known = _Step(block, nothing > 0, nothing, *(jnp.zeros(block.shape, jnp.float32),) * 2)
+    holds = jnp.ones_like(state.done)
+    taken = jnp.zeros_like(state.steps)
+    for g in range(G):
+        if g:  # a finished block is in the place of the last draft
+            holds &= (known.block == chain[:, g]).all(axis=-1) & ~(state.pending & (g == G - 1))
+        revealed = _reveal(program, rows, masked[:, g] & holds[:, None], _of_group(proposals, g), state.block_step + g)
+        known = _record(known, revealed, _of_group(proposals, g), number[:, g])
+        taken += revealed.any(axis=-1)
+    denoising, block = taken > 0, known.block
+    steps, block_step = state.steps + taken, state.block_step + taken
+
+    complete = denoising & ~(block == mask_id).any(axis=-1)
     in_completion = (positions >= rows.prompt_len[:, None]) & (positions < rows.limit[:, None])
     stops = (block[:, :, None] == rows.stop_ids[:, None, :]).any(axis=-1) & in_completion  # [N,B]
     last = stops.any(axis=-1) | (state.start + B >= rows.limit)
     # A complete block is left at once where the next forward commits it, and else after a forward of its own.
-    left = complete & ~last if program.fused else active & ~denoising
+    left = complete & ~last if fused else active & ~denoising
+
+    drafts = state.drafts
+    if fused:
+        at = jnp.maximum(taken - 1, 0)[:, None]  # the last step's state
+        drafts = _draft(program, rows, propose_for, proposals, hidden, at, block, steps, block_step)
 
     # Compared with every position of the canvas: as a scatter it would be gathered from all devices.
     is_here = (jnp.arange(state.canvas.shape[1] // B) == state.start[:, None] // B)[..., None]  # [N,S/B,1]
-    is_new = is_here & revealed[:, None]  # [N,S/B,B]
+    is_new = is_here & known.revealed[:, None]  # [N,S/B,B]
 
     def record(array, values):  # [N,S], [N,B]
         blocks = array.reshape(is_new.shape)
         return jnp.where(is_new, values[:, None], blocks).reshape(array.shape)
 
     return State(
-        canvas=record(state.canvas, proposal.ids),
-        step_map=record(state.step_map, jnp.broadcast_to(steps[:, None], block.shape)),
-        logprobs=record(state.logprobs, proposal.logprobs),
-        behaviour_logprobs=record(state.behaviour_logprobs, proposal.behaviour_logprobs),
+        canvas=record(state.canvas, block),
+        step_map=record(state.step_map, known.step_map),
+        logprobs=record(state.logprobs, known.logprobs),
+        behaviour_logprobs=record(state.behaviour_logprobs, known.behaviour_logprobs),
         start=state.start + B * left,
-        pending=left & program.fused,
-        block_step=jnp.where(left, 0, state.block_step + denoising),
+        pending=left & fused,
+        drafts=drafts,
+        block_step=jnp.where(left, 0, block_step),
         steps=steps,
         forwards=state.forwards + active,
         done=state.done | (complete & last),
@@ -214,24 +259,90 @@ def _forward(program: Program, params: dict, banned: jax.Array, rows: Rows, keys
     )
 
 
+def _propose(program, params, banned, rows, keys, hidden, number, wanted) -> Proposal:
+    """Proposals [N,g,B] from hidden [N,g,B,E], for the denoise steps `number` [N,g], where `wanted` [N,g,B]."""
+    N, g = number.shape
+
+    def of_groups(x):  # [N,..] -> [N * g,..]
+        return jnp.repeat(x, g, axis=0)
+
+    flat = propose(
+        hidden.reshape(N * g, *hidden.shape[2:]),
+        program.model.head_kernel(params),
+        jax.vmap(jax.random.fold_in)(of_groups(keys), number.reshape(-1)) if program.use_noise else None,
+        banned,
+        *map(of_groups, (rows.temperature, rows.top_k, rows.top_p, rows.truncated_confidence)),
+        wanted.reshape(N * g, -1),
+        use_filters=program.use_filters,
+        use_entropy=program.use_entropy,
+        mesh=program.model.mesh,
+    )
+    return jax.tree.map(lambda x: x.reshape(N, g, -1), flat)
+
+
+def _of_group(proposals: Proposal, g: int) -> Proposal:
+    return jax.tree.map(lambda x: x[:, g], proposals)
+
+
+def _reveal(program: Program, rows: Rows, masked: jax.Array, proposal: Proposal, block_step: jax.Array) -> jax.Array:
+    """[N,B] bool, what the denoise step `block_step` of the block reveals of `masked`."""
+    count = scheduled_count(block_step, rows.denoising_steps, program.block_size)
+    return choose_reveals(masked, proposal.confidence, proposal.entropy, rows.strategy, count, rows.threshold,
+                          rows.entropy_bound)  # fmt: skip
+
+
+def _record(known: _Step, revealed: jax.Array, proposal: Proposal, number: jax.Array) -> _Step:
+    new = (proposal.ids, jnp.broadcast_to(number[:, None], revealed.shape), proposal.logprobs,
+           proposal.behaviour_logprobs)  # fmt: skip
+    old = (known.block, *known[2:])
+    block, *rest = (jnp.where(revealed, n, o) for n, o in zip(new, old, strict=True))
+    return _Step(block, known.revealed | revealed, *rest)
+
+
+def _draft(program, rows, propose_for, proposals, hidden, at, block, steps, block_step) -> jax.Array:
+    """The next drafts [N,G-1,B]: the steps to come, as if the model said from now on what it said last.
+
+    at [N,1]: the group in which it did. A block that is complete stays as it is, and its drafts are never right: the
+    next block has at least one MASK more.
+    """
+    N, count, mask_id = len(block), program.groups - 1, program.model.config.mask_token_id
+    if program.use_noise:  # the steps to come have their own noise
+        last = jnp.take_along_axis(hidden, at[..., None, None], axis=1)  # [N,1,B,E]
+        last, wanted = (
+            jnp.broadcast_to(x, (N, count, *x.shape[2:])) for x in (last, (block == mask_id)[:, None])
+        )
+        proposals = propose_for(last, steps[:, None] + 1 + jnp.arange(count), wanted)
+    else:
+        proposals = jax.tree.map(lambda x: jnp.take_along_axis(x, at[..., None], axis=1), proposals)
+    drafts = []
+    for d in range(count):
+        proposal = _of_group(proposals, d if program.use_noise else 0)
+        revealed = _reveal(program, rows, block == mask_id, proposal, block_step + d)
+        block = jnp.where(revealed, proposal.ids, block)
+        drafts.append(block)
+    return jnp.stack(drafts, axis=1)
+
+
 def _attend(
-    program: Program, params: dict, state: State, block: jax.Array, positions: jax.Array
+    program: Program, params: dict, state: State, chain: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, KVCache]:
-    """(hidden states [N,B,E] of the current block, the cache behind this forward)."""
-    model, B, active = program.model, program.block_size, ~state.done
-    if not program.fused:
+    """(hidden states [N,G,B,E] of the chain s0, s1, .., the cache behind this forward)."""
+    model, B, G, active = program.model, program.block_size, program.groups, ~state.done
+    if G == 1:
         committed = jnp.where(active, state.start, 0)
-        hidden, kv = model.decode(params, block, positions, state.cache, committed)
-        return hidden, write_blocks(model, state.cache, kv, state.start, active)
-    pending = state.pending & active
+        hidden, kv = model.decode(params, chain[:, 0], positions, state.cache, committed)
+        return hidden[:, None], write_blocks(model, state.cache, kv, state.start, active)
+    N, pending = len(chain), state.pending & active
     before = jnp.maximum(positions - B, 0)
-    both = jnp.concatenate([jnp.take_along_axis(state.canvas, before, axis=1), block], axis=1)
-    # The finished block sees itself; the current one sees it too, where there is one.
-    end = jnp.where(jnp.arange(2 * B) < B, B, 2 * B)
-    first = jnp.where(pending[:, None], 0, B)
-    new_intervals = jnp.stack(jnp.broadcast_arrays(first, jnp.where(pending[:, None] | (end > B), end, 0)), axis=-1)
+    finished = jnp.take_along_axis(state.canvas, before, axis=1)
+    first = jnp.where(pending[:, None], finished, chain[:, -1])
+    ids = jnp.concatenate([first, chain[:, :-1].reshape(N, -1)], axis=1)  # [N,G*B]
+    places = jnp.concatenate([jnp.where(pending[:, None], before, positions), jnp.tile(positions, (1, G - 1))], axis=1)
+    group = jnp.broadcast_to(jnp.arange(G * B) // B, ids.shape)
+    start = jnp.where(pending[:, None] & (group == 1), 0, group * B)
+    new_intervals = jnp.stack([start, (group + 1) * B], axis=-1)
     committed = jnp.where(active, state.start - B * pending, 0)
-    both_positions = jnp.concatenate([before, positions], axis=1)
-    hidden, kv = model.decode(params, both, both_positions, state.cache, committed, new_intervals)
-    finished = jax.tree.map(lambda x: x[:, :, :B], kv)
-    return hidden[:, B:], write_blocks(model, state.cache, finished, state.start - B, pending)
+    hidden, kv = model.decode(params, ids, places, state.cache, committed, new_intervals)
+    hidden = jnp.roll(hidden.reshape(N, G, B, -1), -1, axis=1)
+    kept = jax.tree.map(lambda x: x[:, :, :B], kv)
+    return hidden, write_blocks(model, state.cache, kept, state.start - B, pending)

@@ -76,6 +76,7 @@ class EngineConfig:
     slots: int = 64  # sequences decoded together
     max_length: int | None = None  # tokens of prompt and completion; None = what each `generate` needs
     commit: str = "auto"  # separate, fused, or whichever should be faster; see rollout/decode.py
+    drafts: int = 1  # denoise steps guessed ahead and verified by a forward, where commits are fused; one is for free
     forwards_per_chunk: int = 256  # at most, until the host looks again
     page_size: int = 64  # tokens of a cache page, rounded up to whole blocks
     pages: int | None = None  # of the cache, per shard of the slots; None = enough for all slots at full length
@@ -85,7 +86,7 @@ class EngineConfig:
     stop_ids: tuple[int, ...] | None = None  # end a completion; None = the model's stop_token_ids
 
     def __post_init__(self) -> None:
-        for name in ("slots", "forwards_per_chunk", "page_size"):
+        for name in ("slots", "drafts", "forwards_per_chunk", "page_size"):
             _check_int(self, name, 1, 2**31 - 1)
         for name in ("max_length", "pages", "valid_vocab"):
             _check_int(self, name, 1, 2**31 - 1, optional=True)

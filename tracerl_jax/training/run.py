@@ -237,7 +237,8 @@ class Run:
         section, valid = self.config.rollout, valid_vocab(self.tokenizer, self.model.config.vocab_size)
         model = rollout_model(self.model, section.tensor)
         slots = section.slots_per_device * row_shards(model.mesh)
-        config = EngineConfig(slots, commit=section.commit, kv_dtype=section.kv_dtype, valid_vocab=valid)
+        config = EngineConfig(slots, commit=section.commit, drafts=section.drafts, kv_dtype=section.kv_dtype,
+                              valid_vocab=valid)  # fmt: skip
         return Engine(model, params, config)
 
     def watch(self, traces: Iterable[Trace]) -> Iterator[Trace]:
