@@ -220,7 +220,7 @@ def test_policy_update_is_the_dense_gradient(replays, normaliser):
 
 
 def test_importance_weights_and_kl_to_the_reference(replays):
-    learner = start(kl_to="reference", importance_cap=0.9)
+    learner = start(kl_to="reference", importance_sampling=level, importance_cap=0.9)
     assert_close(learner.reference, PARAMS, 0)
     learner.reference = jax.tree.map(jnp.array, OTHER)
     scored = [

@@ -18,8 +18,9 @@ from tracerl_jax.models import Model
 from tracerl_jax.parallel.sharding import param_shardings, row_shards
 from tracerl_jax.rl.advantages import trace_gae, whiten
 from tracerl_jax.rl.experience import Sample
+from tracerl_jax.rl.importance import importance_ratios, truncate
 from tracerl_jax.rl.logprobs import packed_logprobs, packed_values
-from tracerl_jax.rl.objectives import importance_weights, loss_weights, policy_loss, value_loss
+from tracerl_jax.rl.objectives import loss_weights, policy_loss, value_loss
 from tracerl_jax.training.step import (
     TrainState,
     Updater,
@@ -192,6 +193,11 @@ class Learner:
 
         return self._forward(replays, batch_logprobs, [r.sample.trace.temperature for r in replays])
 
+    def importance_ratios(self, replays: Sequence[Replay]) -> list[np.ndarray]:
+        """Of every replay's tokens [r], see rl/importance.py. The replays have their old log-probs."""
+        level = self.config.importance_sampling
+        return [importance_ratios(r.old_logp, r.sample.trace.behaviour_logprobs, level) for r in replays]
+
     def values(self, replays: Sequence[Replay]) -> list[np.ndarray]:
         """Values of every replay's targets [r]; 0 elsewhere."""
         return self._forward(replays, lambda rows: self._value(self.value.params, rows, self._trunk()))
@@ -270,13 +276,9 @@ class Learner:
         }
         if self.config.kl_to == "reference":
             columns["reference_logp"] = [r.reference_logp for r in replays]
-        if self.config.importance_cap:
-            columns["importance"] = [
-                np.asarray(
-                    importance_weights(r.old_logp, r.sample.trace.behaviour_logprobs, cap=self.config.importance_cap)
-                )
-                for r in replays
-            ]
+        if self.config.importance_sampling != "none":
+            cap = self.config.importance_cap
+            columns["importance"] = [truncate(ratios, cap) for ratios in self.importance_ratios(replays)]
         return self._batches(replays, columns)
 
     def update_policy(self, replays: Sequence[Replay]) -> tuple[UpdateResult, dict]:

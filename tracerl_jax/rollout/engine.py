@@ -63,9 +63,11 @@ class Engine:
         self._next_number, self._reshape = 0, False
         self.update_params(params)
 
-    def update_params(self, params: dict | None) -> None:
+    def update_params(self, params: dict | None, own: bool = False) -> None:
         """Decode with these parameters from now on: a copy in the compute dtype, placed for the model's mesh
-        (rollout/weights.py). None frees the copy and the cache; nothing can be decoded until the next call.
+        (rollout/weights.py), or themselves where they are so already, unless `own`: then the caller may donate
+        `params` while the engine decodes. None frees the copy and the cache; nothing can be decoded until the next
+        call.
 
         Raises RuntimeError while requests are waiting or running.
         """
@@ -77,7 +79,7 @@ class Engine:
             return
         if self._batch is not None:
             self._batch.forget_prompts()
-        self.params = rollout_params(self.model, params)
+        self.params = rollout_params(self.model, params, own)
 
     # One stream of requests
 

@@ -252,9 +252,12 @@ class Run:
 
     # State
 
-    def save(self, progress: Progress, trees: dict[str, Any]) -> None:
+    def save(self, progress: Progress, trees: dict[str, Any], ahead: dict | None = None) -> None:
+        """`ahead`: samples that are already there for the next RL step (rl/rollouts.py)."""
         meta = {"config": config_io.to_dict(self.config), **versions()}
         documents = {"data": dataclasses.asdict(progress), "meta": meta}
+        if ahead is not None:
+            documents["ahead"] = ahead
         self.checkpointer.save(progress.checkpoint_step, trees, documents)
 
     def export(self, params: Any) -> Path:
