@@ -206,9 +206,9 @@ class RLSection:
         )
         _require(
             self.overlap == "none" or self.old_logprobs == "recompute",
-            "rl.overlap=one_step_off trains a newer policy than the one that sampled, and rl.importance_sampling weights "
-            "by the old log-probs: set rl.old_logprobs=recompute (or rl.importance_sampling=none: then PPO's own ratio "
-            "is to the policy that sampled)",
+            "rl.overlap=one_step_off trains a newer policy than the one that sampled, and rl.importance_sampling "
+            "weights by the old log-probs: set rl.old_logprobs=recompute (or rl.importance_sampling=none: then PPO's "
+            "own ratio is to the policy that sampled)",
         )
 
 

@@ -137,7 +137,7 @@ def digits(prompts, completions, **columns):
     return [sum(c.isdigit() for c in text) / 8 for text in completions]
 
 
-def run(folder, name, mesh):
+def run(folder, name, mesh, **rl):
     shards = mesh[0] * mesh[1]
     config = {
         "name": name,
@@ -148,7 +148,7 @@ def run(folder, name, mesh):
         "rollout": {"prompts_per_step": 4, "samples_per_prompt": 4, "slots_per_device": 16 // shards, "max_tokens": 8,
                     "truncated_is_wrong": False},
         "rl": {"steps": 2, "row_length": 128, "rows_per_device": 4 // shards, "accuracy_low": 0.0, "accuracy_high": 1.0,
-               "optimizer": {"learning_rate": 1e-3, "eps": 1e-3}},
+               "optimizer": {"learning_rate": 1e-3, "eps": 1e-3}, **rl},
         "value": {"enabled": True, "optimizer": {"learning_rate": 1e-3, "eps": 1e-3}},
         "eval": {"every": 0, "strategies": ["dynamic"]},
     }  # fmt: skip

@@ -172,7 +172,7 @@ def guarded(update: Callable, plan: list[list[Replay]], guard: NonFiniteGuard, *
 
 
 def with_old_logprobs(
-    learner: Learner, replays: list[Replay], stale: bool
+    learner: Learner, replays: list[Replay], stale: bool = False
 ) -> tuple[list[Replay], dict[str, float]]:
     """Old log-probs (the sampler's or recomputed), and how far replay is from rollout where it visits the same states
     with the same weights (not `stale`).

@@ -15,6 +15,7 @@ from tracerl_jax.diffusion.corruption import draw_masks, sample_rng
 from tracerl_jax.diffusion.packing import PackedRows, pack
 from tracerl_jax.diffusion.replay import ReplayItem, masking_item, shrunk_steps, trace_item
 from tracerl_jax.models import Model
+from tracerl_jax.parallel.order import in_order
 from tracerl_jax.parallel.sharding import param_shardings, row_shards
 from tracerl_jax.rl.advantages import trace_gae, whiten
 from tracerl_jax.rl.experience import Sample
@@ -210,7 +211,8 @@ class Learner:
         outputs = []
         for part in parts:
             part = put_batch(part, self.model.mesh)
-            outputs.append(function(part["rows"], *(part[str(i)] for i in range(len(columns)))))
+            with in_order(self.model.mesh):
+                outputs.append(function(part["rows"], *(part[str(i)] for i in range(len(columns)))))
         return rows.scatter(np.concatenate(jax.device_get(outputs))[: rows.ids.shape[0]])
 
     def _pack(self, replays: Sequence[Replay]) -> PackedRows:

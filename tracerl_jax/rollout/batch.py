@@ -18,6 +18,7 @@ from tracerl_jax.diffusion.reveal import ENTROPY_BOUNDED, strategy_code
 from tracerl_jax.diffusion.trace import Trace
 from tracerl_jax.kernels.dispatch import target_platform
 from tracerl_jax.models.decoder import Model
+from tracerl_jax.parallel.order import in_order
 from tracerl_jax.parallel.sharding import batch_sharding, row_shards
 from tracerl_jax.rollout.cache import cache_shapes, copy_pages, prefill
 from tracerl_jax.rollout.decode import Program, Rows, State, decode, refill
@@ -240,7 +241,8 @@ class Batch:
         for key in sorted(waves):
             for members in self._calls(waves[key]):
                 operands = self._put(self._prompts(members))
-                cache = prefill(self.model, params, cache, *operands, np.int32(self.shape.block_size))
+                with in_order(self.model.mesh):
+                    cache = prefill(self.model, params, cache, *operands, np.int32(self.shape.block_size))
         copies = [n for n in fresh if self.entries[n].pages.source is not None]
         if copies:
             cache = self._copy(cache, copies)
@@ -297,10 +299,11 @@ class Batch:
         idle = N - self.running
         more = bool(waiting) and self.fits(waiting[0])
         enough = min(N, idle + max(1, N // REFILL_SHARE)) if more else N
-        self._state = decode(
-            self._program(), params, self._banned, self._device_rows, self._state,
-            np.int32(self.config.forwards_per_chunk), np.int32(enough),
-        )  # fmt: skip
+        with in_order(self.model.mesh):
+            self._state = decode(
+                self._program(), params, self._banned, self._device_rows, self._state,
+                np.int32(self.config.forwards_per_chunk), np.int32(enough),
+            )  # fmt: skip
         done = jax.device_get(self._state.done)
         finished = [n for n in range(N) if self.entries[n] is not None and done[n]]
         if not finished:
