@@ -175,5 +175,5 @@ def test_ppo_alone_and_whole_responses(tmp_path):
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(run_module.jax, "process_count", lambda: 2)
-    with pytest.raises(ConfigError, match="set rl.overlap=none"):
+    with pytest.raises(ConfigError, match=r"set rl\.overlap=none"):
         run_module.Run(tiny(tmp_path, **AHEAD))

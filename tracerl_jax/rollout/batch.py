@@ -352,7 +352,7 @@ class Batch:
         """Copies: what is given here changes while the device may still be reading."""
         return jax.device_put(jax.tree.map(np.array, tree), self._place)
 
-    def _abstract_state(self) -> State:
+    def abstract_state(self) -> State:
         N, S = self.shape.slots, self.shape.length
         dtype = self.model.config.dtype if self.config.kv_dtype == "compute" else "int8"
 
@@ -369,13 +369,13 @@ class Batch:
 
     def _empty_state(self) -> State:
         """Every slot done."""
-        abstract = self._abstract_state()
+        abstract = self.abstract_state()
         state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), abstract)
         return dataclasses.replace(state, done=self._put(np.ones(self.shape.slots, bool)))
 
     def memory_bytes(self) -> dict[str, int]:
         """{"cache", "state"} on all devices together."""
-        state = self._abstract_state()
+        state = self.abstract_state()
         size = {name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
                 for name, tree in (("cache", state.cache), ("all", state))}  # fmt: skip
         return {"cache": size["cache"], "state": size["all"] - size["cache"]}
@@ -388,7 +388,7 @@ class Batch:
         def spec(tree, sharding):
             return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=sharding), tree)
 
-        state, number = self._abstract_state(), spec(np.int32(0), everywhere)
+        state, number = self.abstract_state(), spec(np.int32(0), everywhere)
         self._needs = Needs.of(waiting)
         fresh, free, programs = [], self._free_slots(), {}
         while waiting and (n := self._place_for(waiting[0], free)) is not None:

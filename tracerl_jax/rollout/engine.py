@@ -30,6 +30,7 @@ from tracerl_jax.diffusion.trace import Trace
 from tracerl_jax.errors import ConfigError, DataError
 from tracerl_jax.models.decoder import Model
 from tracerl_jax.rollout.batch import Batch, Entry, batch_for
+from tracerl_jax.rollout.decode import State
 from tracerl_jax.rollout.options import EngineConfig, Request, SamplingOptions
 from tracerl_jax.rollout.weights import rollout_params
 
@@ -179,6 +180,10 @@ class Engine:
         """"prefill" and "decode" as these requests run them, for abstract parameters; nothing runs."""
         entries = self._resolve_all(requests)
         return self._batch_of(entries).traced(self.params, entries)
+
+    def abstract_state(self, requests: Iterable[Request]) -> State:
+        """What `memory_bytes` counts, as ShapeDtypeStructs with shardings."""
+        return self._batch_of(self._resolve_all(requests)).abstract_state()
 
     def commits_fused(self, requests: Iterable[Request]) -> bool:
         """Whether the engine would commit blocks of these requests by the forward of the next block."""
