@@ -95,7 +95,8 @@ def test_a_step_is_as_long_as_the_slowest_resource_of_every_program():
 
 def test_programs_that_run_beside_each_other_need_memory_together():
     resident = 4 * GIB
-    sync, prefill = (dataclasses.replace(SMALL, name=name, peak_bytes=x * GIB) for name, x in (("sync", 9), ("prefill", 6)))
+    sync = dataclasses.replace(SMALL, name="sync", peak_bytes=9 * GIB)
+    prefill = dataclasses.replace(SMALL, name="prefill", peak_bytes=6 * GIB)
     found = run_beside([sync, prefill, SMALL, LARGE], ("prefill", "decode"), resident)
     peaks = {p.name: p.peak_bytes / GIB for p in found}
     assert peaks == {"sync": 9, "prefill": 6 + 7, "decode": 5 + 7, "policy gradient": 11 + 2}

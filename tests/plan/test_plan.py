@@ -318,7 +318,7 @@ def test_a_run_that_overlaps_keeps_weights_and_cache_for_decoding(presets):
     resident = {name: chip_bytes(tree) for name, tree in plan_run(config, mesh, assume(config, 4)).resident.items()}
     # A whole copy in bfloat16, but for the norms, beside a fourth in float32.
     assert resident["rollout weights"] == pytest.approx(2 * resident["policy"], rel=0.01)
-    slots, tokens, heads, width = 8, 512, 2, 64
+    slots, tokens, heads, width = 8, 384, 2, 64
     assert resident["rollout cache"] > 2 * slots * tokens * TINY.num_layers * heads * width * 2
 
 
