@@ -35,12 +35,15 @@ class Experience:
     problems: list[int]  # rows of `run.train_problems`
     samples: list[Sample]
     policy_updates: int  # that the policy that sampled them had had
-    rollout_seconds: float = float("nan")
-    reward_seconds: float = float("nan")
+    rollout_seconds: float
+    reward_seconds: float
 
     @property
     def traces(self) -> list[Trace]:
         return [sample.trace for sample in self.samples]
+
+
+_SAVED = ("problems", "policy_updates", "rollout_seconds", "reward_seconds")  # of an Experience, beside its traces
 
 
 class Rollouts:
@@ -121,11 +124,8 @@ class OneStepOff(Rollouts):
     def ahead(self) -> dict | None:
         if self._next is None:
             return None
-        return {
-            "problems": self._next.problems,
-            "traces": [trace.to_row() for trace in self._next.traces],
-            "policy_updates": self._next.policy_updates,
-        }
+        known = {name: getattr(self._next, name) for name in _SAVED}
+        return known | {"traces": [trace.to_row() for trace in self._next.traces]}
 
     def metrics(self, experience: Experience, updates: int) -> dict[str, float]:
         return {
@@ -189,4 +189,4 @@ def _restored(run: Run, ahead: dict) -> Experience:
     """The experience of a checkpoint, judged once more."""
     traces = [Trace.from_row(row, f"sample {i} of the checkpoint") for i, row in enumerate(ahead["traces"])]
     problems = [run.train_problems[i] for i in ahead["problems"]]
-    return Experience(ahead["problems"], judge_traces(run, problems, traces), ahead["policy_updates"])
+    return Experience(samples=judge_traces(run, problems, traces), **{name: ahead[name] for name in _SAVED})

@@ -5,6 +5,7 @@
                                   /train    optimizer states and update counters
                                   /data     JSON: phase, steps, position in the data
                                   /meta     JSON: resolved config, versions
+                                  /ahead    JSON: samples that are there for the next RL step (with rl.overlap)
     runs/<name>/checksums/<step>.json       size and CRC-32 of every file, written once the checkpoint is complete
 
 A step folder appears only when it is complete (Orbax writes elsewhere and renames). A folder that was damaged later is
