@@ -167,7 +167,11 @@ class RLSection:
     normaliser: Literal["tokens", "sequences", "constant", "reference"] = _doc("tokens", "denominator of the loss")
     normaliser_constant: int | None = _doc(None, "length for `constant`, default: rollout.max_tokens")
     old_logprobs: Literal["rollout", "recompute"] = _doc("rollout", "the sampler's, or a forward before the update")
-    importance_cap: float = _doc(0.0, "truncate behaviour importance weights here; 0: no weights")
+    overlap: Literal["none", "one_step_off"] = _doc("none", "decode the next step's samples beside this one's updates")
+    importance_sampling: Literal["none", "token", "sequence"] = _doc(
+        "none", "weight tokens, or whole responses, by old over behaviour probability"
+    )
+    importance_cap: float = _doc(2.0, "importance weights are truncated here")
     minibatches: int = _doc(1, "optimizer updates per pass over the step's responses")
     epochs: int = _doc(1, "passes over the step's responses")
     row_length: int = _doc(2048, "tokens of a packed row")
@@ -176,7 +180,7 @@ class RLSection:
     optimizer: OptimizerConfig = _doc(OptimizerConfig(), "AdamW of the policy")
 
     def __post_init__(self):
-        _require_not_negative(self, "rl", "steps", "clip_low", "clip_high", "kl_coef", "importance_cap")
+        _require_not_negative(self, "rl", "steps", "clip_low", "clip_high", "kl_coef")
         _require_positive(
             self, "rl", "block_size", "shrink", "normaliser_constant", "minibatches", "epochs", "row_length",
             "rows_per_device", "max_skipped_updates",
@@ -193,9 +197,19 @@ class RLSection:
             self.method == "tracerl" or self.old_logprobs == "recompute",
             f"rl.method={self.method} scores other states than the sampler visited: set rl.old_logprobs=recompute",
         )
+        if self.importance_sampling == "none":
+            return
+        _require(self.importance_cap > 0, f"rl.importance_cap is {self.importance_cap}, must be above 0")
         _require(
-            self.importance_cap == 0 or self.method == "tracerl",
-            "rl.importance_cap compares with the sampler's log-probs: it needs rl.method=tracerl",
+            self.method == "tracerl",
+            f"rl.importance_sampling compares with the sampler's log-probs, and rl.method={self.method} scores other "
+            "states than it visited: set rl.method=tracerl, or rl.importance_sampling=none",
+        )
+        _require(
+            self.overlap == "none" or self.old_logprobs == "recompute",
+            "rl.overlap=one_step_off trains a newer policy than the one that sampled, and rl.importance_sampling "
+            "weights by the old log-probs: set rl.old_logprobs=recompute (or rl.importance_sampling=none: then PPO's "
+            "own ratio is to the policy that sampled)",
         )
 
 
@@ -282,6 +296,11 @@ class RunConfig:
             not self.value.enabled or self.rl.method == "tracerl",
             f"value.enabled needs the states of a trace: set rl.method=tracerl (it is {self.rl.method})",
         )
+        _require(
+            self.rl.importance_sampling == "none" or self.rollout.temperature > 0,
+            "rl.importance_sampling divides by the probability of what was drawn, and rollout.temperature=0 draws "
+            "nothing: set a temperature above 0, or rl.importance_sampling=none",
+        )
 
     def check_states(self, model_block_size: int | None = None) -> None:
         """Raises ConfigError when the sampler's log-probs are wanted for states it did not visit.
@@ -292,4 +311,6 @@ class RunConfig:
         same_states = self.rl.shrink == 1 and (rollout is None or self.rl.block_size in (None, rollout))
         other = "rl.shrink > 1 or another rl.block_size than the rollout's scores other states than the sampler visited"
         _require(same_states or self.rl.old_logprobs == "recompute", f"{other}: set rl.old_logprobs=recompute")
-        _require(same_states or self.rl.importance_cap == 0, f"{other}: set rl.importance_cap=0")
+        _require(
+            same_states or self.rl.importance_sampling == "none", f"{other}: set rl.importance_sampling=none"
+        )

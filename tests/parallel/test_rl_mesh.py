@@ -137,7 +137,7 @@ def digits(prompts, completions, **columns):
     return [sum(c.isdigit() for c in text) / 8 for text in completions]
 
 
-def run(folder, name, mesh):
+def run(folder, name, mesh, **rl):
     shards = mesh[0] * mesh[1]
     config = {
         "name": name,
@@ -148,7 +148,7 @@ def run(folder, name, mesh):
         "rollout": {"prompts_per_step": 4, "samples_per_prompt": 4, "slots_per_device": 16 // shards, "max_tokens": 8,
                     "truncated_is_wrong": False},
         "rl": {"steps": 2, "row_length": 128, "rows_per_device": 4 // shards, "accuracy_low": 0.0, "accuracy_high": 1.0,
-               "optimizer": {"learning_rate": 1e-3, "eps": 1e-3}},
+               "optimizer": {"learning_rate": 1e-3, "eps": 1e-3}, **rl},
         "value": {"enabled": True, "optimizer": {"learning_rate": 1e-3, "eps": 1e-3}},
         "eval": {"every": 0, "strategies": ["dynamic"]},
     }  # fmt: skip
@@ -156,11 +156,15 @@ def run(folder, name, mesh):
     return [list(read_jsonl(folder / name / file)) for file in ("metrics.jsonl", "samples.jsonl")]
 
 
-def test_a_run_on_2x2x2_is_the_run_on_one_device(tmp_path, monkeypatch):
-    metrics, samples = run(tmp_path, "mesh", (2, 2, 2))
+OVERLAP = {"overlap": "one_step_off", "old_logprobs": "recompute", "importance_sampling": "token"}
+
+
+@pytest.mark.parametrize("rl", [{}, pytest.param(OVERLAP, marks=pytest.mark.slow)], ids=["in turn", "overlapped"])
+def test_a_run_on_2x2x2_is_the_run_on_one_device(tmp_path, monkeypatch, rl):
+    metrics, samples = run(tmp_path, "mesh", (2, 2, 2), **rl)
     one_device = functools.partial(make_mesh, devices=jax.devices()[:1])
     monkeypatch.setattr(run_module, "make_mesh", one_device)
-    want_metrics, want_samples = run(tmp_path, "one", (1, 1, 1))
+    want_metrics, want_samples = run(tmp_path, "one", (1, 1, 1), **rl)
 
     assert len(metrics) == len(want_metrics)
     updates = 0
@@ -168,7 +172,8 @@ def test_a_run_on_2x2x2_is_the_run_on_one_device(tmp_path, monkeypatch):
         assert row.keys() == want.keys()
         updates += "policy/grad_norm" in row and "value/grad_norm" in row
         for name in row:
-            if not (name.startswith("seconds/") or name.endswith("tokens_per_second") or isinstance(row[name], str)):
+            timed = name.startswith("seconds/") or name.endswith(("_seconds", "tokens_per_second"))
+            if not (timed or isinstance(row[name], str)):
                 np.testing.assert_allclose(row[name], want[name], rtol=1e-4, atol=1e-4, err_msg=name)
     assert updates == 2
     assert [s["ids"] for s in samples] == [s["ids"] for s in want_samples]

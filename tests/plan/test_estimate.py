@@ -9,7 +9,7 @@ from compiled import mesh_of
 from tracerl_jax.config import RunConfig
 from tracerl_jax.config_io import load_config
 from tracerl_jax.plan.chips import GIB
-from tracerl_jax.plan.estimate import Estimate, Plan, bandwidth, overflow_bytes
+from tracerl_jax.plan.estimate import Estimate, Plan, bandwidth, overflow_bytes, run_beside
 from tracerl_jax.plan.hlo_cost import Cost
 from tracerl_jax.plan.report import format_plan, knobs, plan_dict
 from tracerl_jax.plan.topology import parse_topology
@@ -93,6 +93,15 @@ def test_a_step_is_as_long_as_the_slowest_resource_of_every_program():
     assert plan(SMALL).fits and not plan(SMALL, dataclasses.replace(OVERFLOW, peak_bytes=1.0)).fits
 
 
+def test_programs_that_run_beside_each_other_need_memory_together():
+    resident = 4 * GIB
+    sync = dataclasses.replace(SMALL, name="sync", peak_bytes=9 * GIB)
+    prefill = dataclasses.replace(SMALL, name="prefill", peak_bytes=6 * GIB)
+    found = run_beside([sync, prefill, SMALL, LARGE], ("prefill", "decode"), resident)
+    peaks = {p.name: p.peak_bytes / GIB for p in found}
+    assert peaks == {"sync": 9, "prefill": 6 + 7, "decode": 5 + 7, "policy gradient": 11 + 2}
+
+
 def test_knobs_name_what_does_not_fit():
     def keys(*programs, config=CONFIG, **how):
         text = " ".join(knobs(plan(*programs, **how), config))
@@ -112,6 +121,8 @@ def test_knobs_name_what_does_not_fit():
     assert keys(LARGE, resident=full) == training | {"value.shared_trunk=true"}
     slow = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, dtype="float32", remat="none"))
     assert keys(LARGE, config=slow) == training | {"model.dtype=bfloat16", "model.remat=full"}
+    overlapped = load_config(RunConfig, "rl_sdar_4b_math", ["--config.rl.overlap=one_step_off"])
+    assert knobs(plan(LARGE), overlapped)[0].startswith("rl.overlap=none")
 
 
 def test_text_says_what_is_assumed_and_not_counted():

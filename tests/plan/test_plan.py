@@ -20,7 +20,7 @@ from tracerl_jax.errors import ConfigError
 from tracerl_jax.launch.cli import main
 from tracerl_jax.models import PRESETS, ModelConfig
 from tracerl_jax.plan import estimate, programs
-from tracerl_jax.plan.estimate import COMPILER_OPTIONS, estimate_run
+from tracerl_jax.plan.estimate import COMPILER_OPTIONS, chip_bytes, estimate_run
 from tracerl_jax.plan.hlo import parse
 from tracerl_jax.plan.kernel_costs import live_pairs
 from tracerl_jax.plan.programs import model_config, plan_run
@@ -307,6 +307,34 @@ def test_json_of_a_tiny_run_on_tpus(tiny_json):
         assert p["not_counted"] == []
     assert document["step_seconds"] == pytest.approx(sum(p["runs_per_step"] * p["seconds"] for p in found.values()))
     assert found["policy gradient"]["kernels"] == {"attention_forward": 6, "attention_backward": 3}
+
+
+OVERLAP_FLAGS = [*TINY_FLAGS, "--config.rl.overlap=one_step_off"]
+
+
+def test_a_run_that_overlaps_keeps_weights_and_cache_for_decoding(presets):
+    mesh = mesh_of("v5e:2x2", 1, 4, 1)
+    config = load_config(RunConfig, "rl_sdar_4b_math", OVERLAP_FLAGS)
+    resident = {name: chip_bytes(tree) for name, tree in plan_run(config, mesh, assume(config, 4)).resident.items()}
+    # A whole copy in bfloat16, but for the norms, beside a fourth in float32.
+    assert resident["rollout weights"] == pytest.approx(2 * resident["policy"], rel=0.01)
+    slots, tokens, heads, width = 8, 384, 2, 64
+    assert resident["rollout cache"] > 2 * slots * tokens * TINY.num_layers * heads * width * 2
+
+
+@pytest.mark.slow
+def test_peaks_of_a_run_that_overlaps_hold_both(presets, low_effort, tiny_json):
+    _, out, _ = run_command("--config", "rl_sdar_4b_math", *OVERLAP_FLAGS, "--topology", "v5e:2x2", "--json")
+    documents = [json.loads(text) for text in (tiny_json[1], out)]
+    alone, both = ({p["name"]: p for p in document["programs"]} for document in documents)
+    kept = sum(documents[1]["resident_bytes"].values()) - sum(documents[0]["resident_bytes"].values())
+    assert kept > 0
+    gradient = both["policy gradient"]["peak_bytes"] - alone["policy gradient"]["peak_bytes"]
+    assert gradient >= kept + both["decode"]["temp_bytes"]
+    assert both["decode"]["peak_bytes"] >= alone["decode"]["peak_bytes"] + both["policy gradient"]["temp_bytes"]
+    # The copy's only extra is that it stays; the cache stays as well.
+    cache = documents[1]["resident_bytes"]["rollout cache"]
+    assert both["sync"]["peak_bytes"] == pytest.approx(alone["sync"]["peak_bytes"] + cache, rel=0.05)
 
 
 @pytest.mark.slow

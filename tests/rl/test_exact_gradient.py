@@ -211,7 +211,8 @@ def enumerate_exactly(options: SamplingOptions, mask_probability: bool, importan
 @lru_cache
 def make_learner(importance_cap: float) -> Learner:
     section = RLSection(
-        steps=1, advantage="leave_one_out", accuracy_low=0, accuracy_high=1, kl_coef=0, importance_cap=importance_cap,
+        steps=1, advantage="leave_one_out", accuracy_low=0, accuracy_high=1, kl_coef=0,
+        importance_sampling="token" if importance_cap else "none", importance_cap=importance_cap,
         normaliser="constant", normaliser_constant=LIMIT, row_length=64, rows_per_device=4096,
     )  # fmt: skip
     return Learner(MODEL, section, ValueSection(), optax.sgd(1.0), optax.sgd(1.0))

@@ -188,16 +188,22 @@ def normalised(normaliser, replays, loss):
     return loss.sum() / max(lengths) / sum(rounds(r.sample.trace) for r in replays)
 
 
-def policy_loss(replays, normaliser="tokens", reference=None, importance_cap=0.0):
+def importance_ratios(replays, level):
+    """Of all response tokens, by the written definitions."""
+    ratios = [np.exp(r.old_logp - r.sample.trace.behaviour_logprobs) for r in replays]
+    if level == "sequence":
+        ratios = [np.full(len(r), np.prod(r)) for r in ratios]
+    return np.concatenate(ratios)
+
+
+def policy_loss(replays, normaliser="tokens", reference=None, importance=1.0):
     """The loss as a function of the log-probs of all response tokens."""
 
     def loss(logp):
         old, advantages = per_token(replays, lambda r: r.old_logp), per_token(replays, lambda r: r.advantages)
         ratio = jnp.exp(logp - old)
         surrogate = jnp.minimum(ratio * advantages, jnp.clip(ratio, 0.8, 1.2) * advantages)
-        if importance_cap:
-            behaviour = per_token(replays, lambda r: r.sample.trace.behaviour_logprobs)
-            surrogate *= np.minimum(np.exp(old - behaviour), importance_cap)
+        surrogate *= importance
         d = logp - (old if reference is None else reference)
         return normalised(normaliser, replays, -surrogate + RL.kl_coef * (jnp.exp(-d) - 1 + d))
 
@@ -219,8 +225,11 @@ def test_policy_update_is_the_dense_gradient(replays, normaliser):
     assert result.metrics["clip_fraction"][0] > 5
 
 
-def test_importance_weights_and_kl_to_the_reference(replays):
-    learner = start(kl_to="reference", importance_cap=0.9)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_importance_weights_and_kl_to_the_reference(replays, level):
+    ratios = importance_ratios(replays, level)
+    cap = float(np.median(ratios))
+    learner = start(kl_to="reference", importance_sampling=level, importance_cap=cap)
     assert_close(learner.reference, PARAMS, 0)
     learner.reference = jax.tree.map(jnp.array, OTHER)
     scored = [
@@ -229,7 +238,7 @@ def test_importance_weights_and_kl_to_the_reference(replays):
     ]
     reference = dense_forward(OTHER, replays)
     np.testing.assert_allclose(per_token(scored, lambda r: r.reference_logp), reference, atol=1e-4)
-    check_policy_update(learner, scored, policy_loss(replays, reference=reference, importance_cap=0.9))
+    check_policy_update(learner, scored, policy_loss(replays, reference=reference, importance=np.minimum(ratios, cap)))
     assert_close(learner.reference, OTHER, 0)  # an update leaves it alone
 
 
@@ -263,6 +272,7 @@ def test_first_update_sees_the_policy_that_sampled(samples):
     other = start()
     other.policy = other.policy._replace(params=jax.tree.map(jnp.array, OTHER))
     assert with_old_logprobs(other, part)[1]["replay/logprob_gap_max"] > 0.1  # another policy is noticed
+    assert with_old_logprobs(other, part, stale=True)[1] == {}  # unless it is known to be another
 
     for old in (sampled, recomputed):
         result, _ = start().update_policy([replace(r, advantages=r.sample.advantage) for r in old])

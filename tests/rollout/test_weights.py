@@ -54,6 +54,22 @@ def test_nothing_is_copied_where_nothing_differs():
     assert rollout_params(rollout_model(Model(golden.config)), golden.params) is golden.params
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_an_own_copy_outlives_the_weights_it_was_made_of(dtype, devices):
+    """As when updates donate them: also what has the right dtype and place already is copied."""
+    golden = load_golden("sdar_tiny")
+    mesh = make_mesh(data=devices, devices=jax.devices()[:devices])
+    model = Model(golden.config.replace(dtype=dtype), mesh=mesh)
+    params = jax.device_put(jax.tree.map(np.array, golden.params), param_shardings(model, mesh))
+    want = jax.tree.map(np.asarray, rollout_params(model, params))
+    copy = rollout_params(model, params, own=True)
+    for leaf in jax.tree.leaves(params):
+        leaf.delete()
+    jax.tree.map(np.testing.assert_array_equal, copy, want)
+    assert not needs_copy(model, copy)
+
+
 def test_devices_that_cannot_be_shared_are_refused():
     model = Model(load_golden("sdar_tiny").config, mesh=make_mesh(data=2, fsdp=2, tensor=2))
     with pytest.raises(ConfigError, match=r"rollout.tensor is 3, which does not divide the 8 devices"):

@@ -50,7 +50,20 @@ def test_another_config_is_refused_with_a_diff_and_nothing_is_touched(whole, tmp
         ("--config.rl.method=grpo", "tracerl"),
         ("--config.rl.shrink=2", "set rl.old_logprobs=recompute"),
         ("--config.rl.block_size=8", "set rl.old_logprobs=recompute"),  # the model's is 4
-        ("--config.rl.shrink=2 --config.rl.old_logprobs=recompute --config.rl.importance_cap=2", "rl.importance_cap=0"),
+        (
+            "--config.rl.shrink=2 --config.rl.old_logprobs=recompute --config.rl.importance_sampling=token",
+            "set rl.importance_sampling=none",
+        ),
+        (
+            "--config.rl.method=coupled --config.rl.old_logprobs=recompute --config.rl.importance_sampling=token",
+            "rl.method=coupled scores other states",
+        ),
+        ("--config.rl.importance_sampling=token --config.rl.importance_cap=0", "rl.importance_cap is 0.0"),
+        ("--config.rl.importance_sampling=token --config.rollout.temperature=0", "set a temperature above 0"),
+        (
+            "--config.rl.overlap=one_step_off --config.rl.importance_sampling=sequence",
+            "set rl.old_logprobs=recompute (or rl.importance_sampling=none",
+        ),
         ("--config.rl.clip_low=-1", "rl.clip_low is -1.0, must not be negative"),
         ("--config.sft.log_every=0", "sft.log_every is 0, must be at least 1"),
         ("--config.seed=-1", "seed is -1"),

@@ -211,7 +211,10 @@ SHORT = {"sft__steps": 0, "rl__steps": 1, "eval__strategies": [], "rl__old_logpr
     [
         {"rl__method": "coupled"},
         {"rl__block_size": 8},
-        {"model__dtype": "bfloat16", "rollout__top_k": 5, "rl__importance_cap": 2.0},
+        {
+            "model__dtype": "bfloat16", "rollout__top_k": 5, "rollout__kv_dtype": "int8",
+            "rl__importance_sampling": "token",
+        },
         pytest.param({"rl__method": "random_masking", "rl__epochs": 2}, marks=pytest.mark.slow),
         pytest.param({"rl__shrink": 2, "rl__normaliser": "constant"}, marks=pytest.mark.slow),
     ],

@@ -35,7 +35,7 @@ PRESETS["tiny_run"] = PRESETS["sdar_tiny"].replace(
 )
 # Everything that has a state of its own: two models, a frozen reference, several updates a step.
 FULL = {"value__enabled": True, "rl__kl_to": "reference", "rl__minibatches": 2, "rl__epochs": 2}
-TIMES = ("seconds/", "tokens_per_second")  # metrics that differ between equal runs
+TIMES = ("seconds/", "_seconds", "tokens_per_second")  # metrics that differ between equal runs
 
 BASE = {
     "model": {"preset": "tiny_run"},

@@ -5,7 +5,7 @@ import math
 import re
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -86,8 +86,23 @@ def estimate_run(run: PlannedRun, topology: Topology, mesh: Mesh) -> Plan:
     for program in run.programs:
         log.info("compiling %s for %s", program.name, topology.name)
         estimates.append(estimate_program(program, topology, total))
+    if run.beside:
+        estimates = run_beside(estimates, run.beside, total)
     meshes = (dict(mesh.shape), dict(run.rollout_mesh.shape))
     return Plan(topology, *meshes, usable_hbm(topology.chip), resident, estimates, run.tokens_per_step)
+
+
+def run_beside(estimates: list[Estimate], names: tuple[str, ...], resident_bytes: float) -> list[Estimate]:
+    """The same programs, those of these names running while others do: what each side needs besides all that is
+    resident is there together with the most that the other one needs. `sync` runs alone."""
+
+    def most(beside: bool) -> float:
+        needs = [p.peak_bytes - resident_bytes for p in estimates if p.name != "sync" and (p.name in names) == beside]
+        return max(needs, default=0.0)
+
+    return [
+        p if p.name == "sync" else replace(p, peak_bytes=p.peak_bytes + most(p.name not in names)) for p in estimates
+    ]
 
 
 # CUB picks how to sort by asking the device, which is not there.

@@ -27,7 +27,7 @@ from tracerl_jax.rl.experience import Sample
 from tracerl_jax.rl.loop import make_learner
 from tracerl_jax.rl.update import Learner, Replay, plan_replays
 from tracerl_jax.rollout.engine import Engine, EngineConfig, Request
-from tracerl_jax.rollout.weights import abstract_rollout_params, convert, needs_copy, rollout_model
+from tracerl_jax.rollout.weights import abstract_rollout_params, convert, needs_copy, rollout_model, snapshot
 from tracerl_jax.training.run import rollout_options
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class PlannedRun:
     rollout_mesh: Mesh
     programs: list[PlannedProgram]
     resident: dict[str, Any]  # what stays on the devices during RL, by what it is
+    beside: tuple[str, ...]  # programs that run while those of training do, by name
     tokens_per_step: float  # response tokens of an RL step
 
 
@@ -100,14 +101,15 @@ def plan_run(config: RunConfig, mesh: Mesh, workload: Workload) -> PlannedRun:
     try:
         # Kernels are chosen for the devices of the mesh in force.
         with jax.sharding.use_abstract_mesh(decoder.mesh.abstract_mesh):
-            programs = _rollout_programs(config, decoder, resident["policy"], workload)
+            programs = _rollout_programs(config, decoder, resident, workload)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             programs += _training_programs(config, learner, resident, workload)
     except ValueError as error:
         if not str(error).startswith(KERNELS):
             raise
         raise ConfigError(str(error)) from error  # a kernel that is not made for these sizes says so
-    return PlannedRun(model, decoder.mesh, programs, resident, _samples(config) * workload.response_tokens)
+    beside = () if config.rl.overlap == "none" else ("prefill", "decode")
+    return PlannedRun(model, decoder.mesh, programs, resident, beside, _samples(config) * workload.response_tokens)
 
 
 def _samples(config: RunConfig) -> int:
@@ -125,8 +127,11 @@ def _resident(config: RunConfig, learner: Learner) -> dict[str, Any]:
     return resident
 
 
-def _rollout_programs(config: RunConfig, model: Model, policy: Any, workload: Workload) -> list[PlannedProgram]:
-    section, samples = config.rollout, _samples(config)
+def _rollout_programs(
+    config: RunConfig, model: Model, resident: dict[str, Any], workload: Workload
+) -> list[PlannedProgram]:
+    """Where rollouts overlap with updates, their weights and cache are added to `resident`."""
+    section, samples, policy = config.rollout, _samples(config), resident["policy"]
     slots, shards = section.slots_per_device * row_shards(model.mesh), row_shards(model.mesh)
     # The vocabulary is the model's: only a tokenizer would know of padding at its end.
     engine = Engine(
@@ -141,9 +146,17 @@ def _rollout_programs(config: RunConfig, model: Model, policy: Any, workload: Wo
     traced, groups = engine.traced(requests), engine.groups(requests)
     B = options.block_size or model.config.block_size
     forwards, live = _decoding(config, workload, B, slots, groups > 1)
-    copied, mesh = needs_copy(model, policy), model.mesh
-    kept = () if copied else policy
-    sync = [PlannedProgram("sync", convert.trace(model, policy), mesh, 1, policy)] if copied else []
+    mesh, overlap = model.mesh, config.rl.overlap != "none"
+    if overlap:
+        weights, state = abstract_rollout_params(model), engine.abstract_state(requests)
+        resident |= {"rollout weights": weights, "rollout cache": state}
+        kept = {"prefill": (weights, state.cache), "decode": (weights, state)}
+        # What it makes takes the place of the weights before.
+        sync = [PlannedProgram("sync", snapshot.trace(model, policy), mesh, 1, (policy, weights))]
+    else:
+        copied = needs_copy(model, policy)
+        kept = dict.fromkeys(("prefill", "decode"), () if copied else policy)
+        sync = [PlannedProgram("sync", convert.trace(model, policy), mesh, 1, policy)] if copied else []
     if "prefill" not in traced:
         raise ConfigError(f"task.max_prompt_tokens is {config.task.max_prompt_tokens}, less than a block of {B}")
     prompts = _block_causal(*traced["prefill"].args_info[0][2].shape, B)
@@ -155,11 +168,11 @@ def _rollout_programs(config: RunConfig, model: Model, policy: Any, workload: Wo
     chunk = CHUNK[mesh.devices.flat[0].platform.replace("cuda", "gpu")]
     return sync + [
         PlannedProgram(
-            "prefill", traced["prefill"], mesh, calls, kept,
+            "prefill", traced["prefill"], mesh, calls, kept["prefill"],
             kernel_cost=attention_cost(model.config, mesh, prompts[:1], len(prompts)),
         ),
         PlannedProgram(
-            "decode", traced["decode"], mesh, 1, kept,
+            "decode", traced["decode"], mesh, 1, kept["decode"],
             # Of the engine, of the fused head, and of `chunked_decode_attention` for backends without a kernel.
             {"jit(decode)/while": forwards, "body/shard_map/while": head_groups,
              "attention/shard_map/while": math.ceil(live / chunk)},

@@ -72,6 +72,8 @@ def format_plan(plan: Plan, config: RunConfig, workload: Workload) -> str:
         f"assumed: prompts of {workload.prompt_tokens} and responses of {workload.response_tokens} tokens "
         f"(the longest: {config.task.max_prompt_tokens} and {config.rollout.max_tokens}), "
         f"{workload.tokens_per_step:g} tokens per denoise step, {workload.kept_fraction:.0%} of the responses kept",
+        *["rl.overlap: decoding and updates share the chips, so the step is no shorter than both, and peaks add up"]
+        * (config.rl.overlap != "none"),
         "",
         "stays on every chip: " + ", ".join(f"{name} {_gib(size)}" for name, size in plan.resident_bytes.items()),
         "",
@@ -152,6 +154,8 @@ def knobs(plan: Plan, config: RunConfig) -> list[str]:
     too_large = [p.name for p in plan.programs if p.peak_bytes > plan.limit_bytes or p.overflow]
     rollout, rl, resident = config.rollout, config.rl, sum(plan.resident_bytes.values())
     found = []
+    if too_large and rl.overlap != "none":
+        found.append("rl.overlap=none: the weights and the cache for decoding give way to the updates")
     if too_large and resident > 0.8 * plan.limit_bytes:
         found.append(f"more chips with a larger mesh.fsdp ({plan.mesh['fsdp']}): weights and optimizers alone take "
                      f"{_gib(resident)}")  # fmt: skip

@@ -9,20 +9,19 @@ import numpy as np
 
 from tracerl_jax.config import RunConfig
 from tracerl_jax.data.iterator import PromptIterator
-from tracerl_jax.data.prompts import Problem
-from tracerl_jax.diffusion.trace import Trace
 from tracerl_jax.models import Model
 from tracerl_jax.report.metrics import MetricLog, PhaseTimer, merge
 from tracerl_jax.report.samples import sample_row
-from tracerl_jax.rl.experience import Sample, experience_metrics, judge, select
+from tracerl_jax.rl.experience import Sample, experience_metrics, select
+from tracerl_jax.rl.importance import importance_metrics
 from tracerl_jax.rl.objectives import explained_variance
+from tracerl_jax.rl.rollouts import open_rollouts
 from tracerl_jax.rl.update import Learner, Replay, plan_replays
 from tracerl_jax.rollout.engine import Engine
-from tracerl_jax.rollout.options import Request
 from tracerl_jax.training.guard import NonFiniteGuard
 from tracerl_jax.training.interrupt import Interrupted
 from tracerl_jax.training.optimizer import make_optimizer, make_schedule
-from tracerl_jax.training.run import Progress, Run, rollout_options
+from tracerl_jax.training.run import Progress, Run
 from tracerl_jax.training.step import UpdateResult
 
 log = logging.getLogger(__name__)
@@ -51,9 +50,10 @@ def value_updates(config: RunConfig) -> int:
 
 
 def train_rl(
-    run: Run, progress: Progress, learner: Learner, evaluate: Callable[[Engine, int, MetricLog], None]
+    run: Run, progress: Progress, learner: Learner, evaluate: Callable[[Engine, int, MetricLog], None],
+    ahead: dict | None = None,
 ) -> Progress:
-    """The RL steps from `progress.rl_step` to `rl.steps`.
+    """The RL steps from `progress.rl_step` to `rl.steps`. `ahead`: the document of that name of the checkpoint.
 
     `evaluate(engine, step, log)` is called before the first step, every `eval.every` steps, and after the last; a run
     that goes on repeats the call of the step it stopped at.
@@ -64,6 +64,7 @@ def train_rl(
         iterator.restore(progress.data)
     guard = NonFiniteGuard(run.path, config.rl.max_skipped_updates, progress.skipped_in_a_row)
     engine = run.engine(learner.policy.params)
+    rollouts = open_rollouts(run, engine, iterator, learner.policy.params, ahead)
     metric_log = run.open_log("rl", config.rl.steps, progress.rl_step)
     timer = PhaseTimer()
     saved = progress.rl_step
@@ -72,7 +73,7 @@ def train_rl(
         nonlocal saved
         if saved != progress.rl_step:
             with timer("save"):
-                run.save(progress, learner.trees())
+                run.save(progress, learner.trees(), rollouts.ahead())
             saved = progress.rl_step
 
     def settle():
@@ -87,24 +88,21 @@ def train_rl(
 
     try:
         while progress.rl_step < config.rl.steps:
-            step = progress.rl_step + 1
+            step, updates = progress.rl_step + 1, int(learner.policy.updates)
             with timer.step(step):
                 settle()
-                chosen = [run.train_problems[i] for i in iterator.next(config.rollout.prompts_per_step)]
-                with timer("rollout"):
-                    traces = roll_out(run, engine, chosen, step)
-                with timer("reward"):
-                    samples = judge_traces(run, chosen, traces)
-                    kept = select(samples, learner.config)
+                experience = rollouts.take(step, updates, timer)
+                kept = select(experience.samples, learner.config)
                 if not kept:
-                    guard.check_rollout(traces, f"rl step {step}")
-                engine.update_params(None)  # their memory goes to the updates
-                metrics = experience_metrics(samples, kept, timer.seconds()["seconds/rollout"])
-                metrics |= update(run, learner, kept, step, timer, guard)
-                with timer("sync"):
-                    engine.update_params(learner.policy.params)
+                    guard.check_rollout(experience.traces, f"rl step {step}")
+                rollouts.before_update(step, updates)
+                metrics = experience_metrics(experience.samples, kept, experience.rollout_seconds)
+                metrics |= rollouts.metrics(experience, updates)
+                stale = updates > experience.policy_updates
+                metrics |= update(run, learner, kept, step, timer, guard, stale=stale)
+                rollouts.after_update(learner.policy.params, timer)
                 progress = Progress("rl", progress.sft_step, step, iterator.state(), dict(guard.skipped_in_a_row))
-                write_samples(run, samples, step)
+                write_samples(run, experience.samples, step)
                 run.checkpointer.seal_finished()
             metric_log.write(step, metrics | timer.seconds())
         settle()
@@ -112,36 +110,19 @@ def train_rl(
         save()
         raise
     finally:
+        rollouts.close()
         metric_log.close()
     return progress
 
 
-def roll_out(run: Run, engine: Engine, problems: Sequence[Problem], step: int) -> list[Trace]:
-    """Traces of a step, the samples of a problem side by side. Nothing has changed yet: may be interrupted."""
-    section = run.config.rollout
-    # A problem that comes up again in another step must draw other noise.
-    options = rollout_options(run.config, seed=(run.config.seed * 1_000_003 + step) % 2**32)
-    requests = [
-        Request(problem.prompt_ids, options, sample_index=index)
-        for problem in problems
-        for index in range(section.samples_per_prompt)
-    ]
-    return list(run.watch(engine.generate(requests)))
-
-
-def judge_traces(run: Run, problems: Sequence[Problem], traces: Sequence[Trace]) -> list[Sample]:
-    task, section = run.task, run.config.rollout
-    return judge(
-        problems, traces, run.decode,
-        rewards={task.accuracy_reward: 0.0, **task.rewards}, accuracy_reward=task.accuracy_reward,
-        samples_per_prompt=section.samples_per_prompt, truncated_is_wrong=section.truncated_is_wrong,
-    )  # fmt: skip
-
-
 def update(
-    run: Run, learner: Learner, kept: Sequence[Sample], step: int, timer: PhaseTimer, guard: NonFiniteGuard
+    run: Run, learner: Learner, kept: Sequence[Sample], step: int, timer: PhaseTimer, guard: NonFiniteGuard,
+    *, stale: bool = False,
 ) -> dict[str, float]:
-    """Value and policy updates of one step on the kept samples; returns their metrics."""
+    """Value and policy updates of one step on the kept samples; returns their metrics.
+
+    `stale`: the policy has been updated since it sampled them.
+    """
     config = run.config
     block_size = config.rl.block_size or config.rollout.block_size or run.model.config.block_size
     plan = plan_replays(
@@ -152,7 +133,10 @@ def update(
         return {"updates/skipped": 1.0}
     with timer("replay"):
         everything = [replay for part in plan for replay in part]
-        everything, metrics = with_old_logprobs(learner, everything)
+        everything, metrics = with_old_logprobs(learner, everything, stale)
+        if config.rl.importance_sampling != "none":
+            ratios = learner.importance_ratios(everything)
+            metrics |= importance_metrics(ratios, config.rl.importance_cap, config.rl.importance_sampling)
         if config.rl.kl_to == "reference":
             reference = learner.logprobs(learner.reference, everything)
             everything = [
@@ -187,8 +171,11 @@ def guarded(update: Callable, plan: list[list[Replay]], guard: NonFiniteGuard, *
     return results
 
 
-def with_old_logprobs(learner: Learner, replays: list[Replay]) -> tuple[list[Replay], dict[str, float]]:
-    """Old log-probs (the sampler's or recomputed), and how far replay is from rollout where it visits the same states.
+def with_old_logprobs(
+    learner: Learner, replays: list[Replay], stale: bool = False
+) -> tuple[list[Replay], dict[str, float]]:
+    """Old log-probs (the sampler's or recomputed), and how far replay is from rollout where it visits the same states
+    with the same weights (not `stale`).
 
     The gap is measured on every token when the log-probs are recomputed, else on one micro-batch's worth of samples.
     """
@@ -198,10 +185,13 @@ def with_old_logprobs(learner: Learner, replays: list[Replay]) -> tuple[list[Rep
         checked = replays
     else:
         replays = [dataclasses.replace(r, old_logp=r.sample.trace.logprobs) for r in replays]
+        if stale:
+            return replays, {}
         checked = replays[: learner.samples_per_micro_batch(replays)]
         recomputed = learner.logprobs(learner.policy.params, checked)
     same_blocks = all(r.item.block_size == r.sample.trace.block_size for r in checked)
-    if learner.config.method != "tracerl" or learner.config.shrink > 1 or not same_blocks:  # states never visited
+    others = learner.config.method != "tracerl" or learner.config.shrink > 1 or not same_blocks  # states never visited
+    if stale or others:
         return replays, {}
     gaps = np.concatenate(
         [np.abs(logp - r.sample.trace.logprobs) for r, logp in zip(checked, recomputed, strict=True)]

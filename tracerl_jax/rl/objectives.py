@@ -48,7 +48,7 @@ def policy_loss(
         advantages: [...].
         weights: [...] f32, 0 = padding.
         reference_logp: [...] log-prob under a frozen reference.
-        behaviour_weights: [...] importance weights of `importance_weights`; they scale the surrogate, not the KL.
+        behaviour_weights: [...] importance weights (rl/importance.py); they scale the surrogate, not the KL.
 
     Returns:
         weighted sum, and the metrics policy_loss and kl_loss (weighted means; kl_loss without its coefficient), and as
@@ -85,12 +85,6 @@ def policy_loss(
         "clip_fraction_high": _mean(high, live),
     }
     return policy_sum + kl_coef * kl_sum, jax.lax.stop_gradient(metrics)
-
-
-def importance_weights(old_logp: np.ndarray, behaviour_logp: np.ndarray, *, cap: float) -> np.ndarray:
-    """Truncated importance weights min(pi_old / pi_behaviour, cap) [...] f32, on the host (Ionides 2008)."""
-    log_ratio = np.asarray(old_logp, np.float32) - np.asarray(behaviour_logp, np.float32)
-    return np.minimum(np.exp(np.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)), np.float32(cap))
 
 
 def value_loss(

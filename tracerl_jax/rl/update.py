@@ -15,11 +15,13 @@ from tracerl_jax.diffusion.corruption import draw_masks, sample_rng
 from tracerl_jax.diffusion.packing import PackedRows, pack
 from tracerl_jax.diffusion.replay import ReplayItem, masking_item, shrunk_steps, trace_item
 from tracerl_jax.models import Model
+from tracerl_jax.parallel.order import in_order
 from tracerl_jax.parallel.sharding import param_shardings, row_shards
 from tracerl_jax.rl.advantages import trace_gae, whiten
 from tracerl_jax.rl.experience import Sample
+from tracerl_jax.rl.importance import importance_ratios, truncate
 from tracerl_jax.rl.logprobs import packed_logprobs, packed_values
-from tracerl_jax.rl.objectives import importance_weights, loss_weights, policy_loss, value_loss
+from tracerl_jax.rl.objectives import loss_weights, policy_loss, value_loss
 from tracerl_jax.training.step import (
     TrainState,
     Updater,
@@ -192,6 +194,11 @@ class Learner:
 
         return self._forward(replays, batch_logprobs, [r.sample.trace.temperature for r in replays])
 
+    def importance_ratios(self, replays: Sequence[Replay]) -> list[np.ndarray]:
+        """Of every replay's tokens [r], see rl/importance.py. The replays have their old log-probs."""
+        level = self.config.importance_sampling
+        return [importance_ratios(r.old_logp, r.sample.trace.behaviour_logprobs, level) for r in replays]
+
     def values(self, replays: Sequence[Replay]) -> list[np.ndarray]:
         """Values of every replay's targets [r]; 0 elsewhere."""
         return self._forward(replays, lambda rows: self._value(self.value.params, rows, self._trunk()))
@@ -204,7 +211,8 @@ class Learner:
         outputs = []
         for part in parts:
             part = put_batch(part, self.model.mesh)
-            outputs.append(function(part["rows"], *(part[str(i)] for i in range(len(columns)))))
+            with in_order(self.model.mesh):
+                outputs.append(function(part["rows"], *(part[str(i)] for i in range(len(columns)))))
         return rows.scatter(np.concatenate(jax.device_get(outputs))[: rows.ids.shape[0]])
 
     def _pack(self, replays: Sequence[Replay]) -> PackedRows:
@@ -270,13 +278,9 @@ class Learner:
         }
         if self.config.kl_to == "reference":
             columns["reference_logp"] = [r.reference_logp for r in replays]
-        if self.config.importance_cap:
-            columns["importance"] = [
-                np.asarray(
-                    importance_weights(r.old_logp, r.sample.trace.behaviour_logprobs, cap=self.config.importance_cap)
-                )
-                for r in replays
-            ]
+        if self.config.importance_sampling != "none":
+            cap = self.config.importance_cap
+            columns["importance"] = [truncate(ratios, cap) for ratios in self.importance_ratios(replays)]
         return self._batches(replays, columns)
 
     def update_policy(self, replays: Sequence[Replay]) -> tuple[UpdateResult, dict]:

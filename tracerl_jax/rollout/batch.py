@@ -18,6 +18,7 @@ from tracerl_jax.diffusion.reveal import ENTROPY_BOUNDED, strategy_code
 from tracerl_jax.diffusion.trace import Trace
 from tracerl_jax.kernels.dispatch import target_platform
 from tracerl_jax.models.decoder import Model
+from tracerl_jax.parallel.order import in_order
 from tracerl_jax.parallel.sharding import batch_sharding, row_shards
 from tracerl_jax.rollout.cache import cache_shapes, copy_pages, prefill
 from tracerl_jax.rollout.decode import Program, Rows, State, decode, refill
@@ -241,7 +242,8 @@ class Batch:
         for key in sorted(waves):
             for members in self._calls(waves[key]):
                 operands = self._put(self._prompts(members))
-                cache = prefill(self.model, params, cache, *operands, np.int32(self.shape.block_size))
+                with in_order(self.model.mesh):
+                    cache = prefill(self.model, params, cache, *operands, np.int32(self.shape.block_size))
         copies = [n for n in fresh if self.entries[n].pages.source is not None]
         if copies:
             cache = self._copy(cache, copies)
@@ -296,10 +298,11 @@ class Batch:
         """One chunk; the traces of the requests that it finished, by number."""
         N = self.shape.slots
         chosen, enough = self._part(bool(waiting) and self.fits(waiting[0]))
-        self._state = decode(
-            self._program(), params, self._banned, self._device_rows, self._state,
-            np.int32(self.config.forwards_per_chunk), np.int32(enough), self._put(chosen),
-        )  # fmt: skip
+        with in_order(self.model.mesh):
+            self._state = decode(
+                self._program(), params, self._banned, self._device_rows, self._state,
+                np.int32(self.config.forwards_per_chunk), np.int32(enough), self._put(chosen),
+            )  # fmt: skip
         done = jax.device_get(self._state.done)
         finished = [n for n in range(N) if self.entries[n] is not None and done[n]]
         if not finished:
@@ -382,7 +385,7 @@ class Batch:
         """Copies: what is given here changes while the device may still be reading."""
         return jax.device_put(jax.tree.map(np.array, tree), self._place)
 
-    def _abstract_state(self) -> State:
+    def abstract_state(self) -> State:
         N, S = self.shape.slots, self.shape.length
         dtype = self.model.config.dtype if self.config.kv_dtype == "compute" else "int8"
 
@@ -400,13 +403,13 @@ class Batch:
 
     def _empty_state(self) -> State:
         """Every slot done."""
-        abstract = self._abstract_state()
+        abstract = self.abstract_state()
         state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), abstract)
         return dataclasses.replace(state, done=self._put(np.ones(self.shape.slots, bool)))
 
     def memory_bytes(self) -> dict[str, int]:
         """{"cache", "state"} on all devices together."""
-        state = self._abstract_state()
+        state = self.abstract_state()
         size = {name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
                 for name, tree in (("cache", state.cache), ("all", state))}  # fmt: skip
         return {"cache": size["cache"], "state": size["all"] - size["cache"]}
@@ -419,7 +422,7 @@ class Batch:
         def spec(tree, sharding):
             return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=sharding), tree)
 
-        state, number = self._abstract_state(), spec(np.int32(0), everywhere)
+        state, number = self.abstract_state(), spec(np.int32(0), everywhere)
         self._needs = Needs.of(waiting)
         fresh, free, programs = [], self._free_slots(), {}
         while waiting and (n := self._place_for(waiting[0], free)) is not None:

@@ -31,6 +31,7 @@ from tracerl_jax.diffusion.trace import Trace
 from tracerl_jax.errors import ConfigError, DataError
 from tracerl_jax.models.decoder import Model
 from tracerl_jax.rollout.batch import Batch, Entry, batch_for
+from tracerl_jax.rollout.decode import State
 from tracerl_jax.rollout.options import EngineConfig, Request, SamplingOptions
 from tracerl_jax.rollout.weights import rollout_params
 
@@ -64,9 +65,11 @@ class Engine:
         self._next_number, self._reshape = 0, False
         self.update_params(params)
 
-    def update_params(self, params: dict | None) -> None:
+    def update_params(self, params: dict | None, own: bool = False) -> None:
         """Decode with these parameters from now on: a copy in the compute dtype, placed for the model's mesh
-        (rollout/weights.py). None frees the copy and the cache; nothing can be decoded until the next call.
+        (rollout/weights.py), or themselves where they are so already, unless `own`: then the caller may donate
+        `params` while the engine decodes. None frees the copy and the cache; nothing can be decoded until the next
+        call.
 
         Raises RuntimeError while requests are waiting or running.
         """
@@ -78,7 +81,7 @@ class Engine:
             return
         if self._batch is not None:
             self._batch.forget_prompts()
-        self.params = rollout_params(self.model, params)
+        self.params = rollout_params(self.model, params, own)
 
     # One stream of requests
 
@@ -178,6 +181,10 @@ class Engine:
         """"prefill" and "decode" as these requests run them, for abstract parameters; nothing runs."""
         entries = self._resolve_all(requests)
         return self._batch_of(entries).traced(self.params, entries)
+
+    def abstract_state(self, requests: Iterable[Request]) -> State:
+        """What `memory_bytes` counts, as ShapeDtypeStructs with shardings."""
+        return self._batch_of(self._resolve_all(requests)).abstract_state()
 
     def groups(self, requests: Iterable[Request]) -> int:
         """Groups of a block's size in a forward for these requests; 1: their blocks are committed separately."""

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -35,8 +36,13 @@ def rollout_model(model: Model, tensor: int | None = None) -> Model:
     return dataclasses.replace(model, mesh=Mesh(devices, AXES, axis_types=model.mesh.axis_types))
 
 
-def rollout_params(model: Model, params: Params) -> Params:
-    """`params` as `model` wants them; themselves, not a copy, where they are so already."""
+def rollout_params(model: Model, params: Params, own: bool = False) -> Params:
+    """`params` as `model` wants them; unless `own`, themselves where they are so already.
+
+    `own`: in arrays of their own, for decoding while updates that donate `params` run.
+    """
+    if own:
+        return snapshot(model, params)
     return convert(model, params) if needs_copy(model, params) else params
 
 
@@ -65,3 +71,9 @@ def convert(model: Model, params: Params) -> Params:
     if model.mesh is None:
         return params
     return jax.lax.with_sharding_constraint(params, param_shardings(model, model.mesh))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def snapshot(model: Model, params: Params) -> Params:
+    # jit gives back arguments that it returns as they are, `convert` those of the right dtype: hence the copy.
+    return jax.tree.map(jnp.copy, convert(model, params))

@@ -5,6 +5,7 @@
                                   /train    optimizer states and update counters
                                   /data     JSON: phase, steps, position in the data
                                   /meta     JSON: resolved config, versions
+                                  /ahead    JSON: samples that are there for the next RL step (with rl.overlap)
     runs/<name>/checksums/<step>.json       size and CRC-32 of every file, written once the checkpoint is complete
 
 A step folder appears only when it is complete (Orbax writes elsewhere and renames). A folder that was damaged later is
@@ -32,7 +33,7 @@ from tracerl_jax.files import write_json
 log = logging.getLogger(__name__)
 
 TREES = ("params", "value", "train")
-DOCUMENTS = ("data", "meta")
+DOCUMENTS = ("data", "meta", "ahead")
 
 
 class Checkpointer:
@@ -68,7 +69,7 @@ class Checkpointer:
         Args:
             step: larger than every step saved before.
             trees: `params`, `train` and possibly `value`.
-            documents: JSON-able `data` and `meta`.
+            documents: JSON-able `data`, `meta` and possibly `ahead`.
         Raises CheckpointError when the disk is full (also for the save before this one).
         """
         if step in self._manager.all_steps():
@@ -128,7 +129,8 @@ class Checkpointer:
         return None
 
     def _read(self, step: int, abstract: Callable[[dict], dict[str, Any]]) -> tuple[dict[str, Any], dict[str, dict]]:
-        documents = self._restore_items(step, {name: ocp.args.JsonRestore() for name in DOCUMENTS})
+        saved = [name for name in DOCUMENTS if (self._folder / str(step) / name).exists()]
+        documents = self._restore_items(step, {name: ocp.args.JsonRestore() for name in saved})
         trees = {name: ocp.args.StandardRestore(tree) for name, tree in abstract(documents).items()}
         return self._restore_items(step, trees), documents
 

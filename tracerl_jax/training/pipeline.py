@@ -35,7 +35,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     with Run(config) as run:
         learner = make_learner(run.model, config)
         sft_optimizer = make_optimizer(config.sft.optimizer, config.sft.steps)
-        progress, trees = _restore(run, learner, sft_optimizer)
+        progress, trees, ahead = _restore(run, learner, sft_optimizer)
         if progress.phase == "sft":
             progress, params = _supervised(run, progress, trees, sft_optimizer)
             trees = None  # the warm-up's optimizer state, which RL has no room for
@@ -51,7 +51,7 @@ def train(config: RunConfig) -> dict[str, Any]:
             _evaluate(run, engine, step, metric_log, role)
 
         if config.rl.steps:
-            train_rl(run, progress, learner, evaluate_policy)
+            train_rl(run, progress, learner, evaluate_policy, ahead)
         else:
             _evaluate_supervised(run, learner.policy.params, progress.sft_step, "after")
         exported = run.export(learner.policy.params)
@@ -80,8 +80,9 @@ def describe_summary(summary: dict[str, Any]) -> str:
     )
 
 
-def _restore(run: Run, learner: Learner, sft_optimizer) -> tuple[Progress, dict[str, Any] | None]:
-    """Where the run stopped, with its arrays; a fresh Progress and None when it has no checkpoint."""
+def _restore(run: Run, learner: Learner, sft_optimizer) -> tuple[Progress, dict[str, Any] | None, dict | None]:
+    """Where the run stopped, its arrays, and samples that are there for its next step; a fresh Progress and None when
+    it has no checkpoint."""
 
     def abstract(documents: dict) -> dict[str, Any]:
         if documents["data"]["phase"] == "rl":
@@ -97,13 +98,13 @@ def _restore(run: Run, learner: Learner, sft_optimizer) -> tuple[Progress, dict[
     restored = run.checkpointer.restore(abstract)
     if restored is None:
         run.folder.truncate_after(0, "sft")
-        return Progress(), None
+        return Progress(), None, None
     _, trees, documents = restored
     progress = Progress(**documents["data"])
     step = progress.rl_step if progress.phase == "rl" else progress.sft_step
     run.folder.truncate_after(step, progress.phase)
     log.info("continuing run %s from %s step %d", run.path, progress.phase, step)
-    return progress, trees
+    return progress, trees, documents.get("ahead")
 
 
 def _supervised(run: Run, progress: Progress, trees: dict[str, Any] | None, optimizer) -> tuple[Progress, Any]:

@@ -72,6 +72,11 @@ class Run:
         self.path = Path(config.runs_dir) / config.name
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         rollout_options(config, seed=0)  # for its ConfigError
+        if config.rl.overlap != "none" and jax.process_count() > 1:
+            raise ConfigError(
+                f"rl.overlap={config.rl.overlap} starts programs from two threads, and {jax.process_count()} processes "
+                "would start them in different orders and wait for each other: set rl.overlap=none"
+            )
         self.protocols = eval_protocols(config)
         self._exit = contextlib.ExitStack()
         self.folder = self._exit.enter_context(RunDir(self.path))
@@ -253,9 +258,12 @@ class Run:
 
     # State
 
-    def save(self, progress: Progress, trees: dict[str, Any]) -> None:
+    def save(self, progress: Progress, trees: dict[str, Any], ahead: dict | None = None) -> None:
+        """`ahead`: samples that are already there for the next RL step (rl/rollouts.py)."""
         meta = {"config": config_io.to_dict(self.config), **versions()}
         documents = {"data": dataclasses.asdict(progress), "meta": meta}
+        if ahead is not None:
+            documents["ahead"] = ahead
         self.checkpointer.save(progress.checkpoint_step, trees, documents)
 
     def export(self, params: Any) -> Path:

@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tracerl_jax.models import Model
+from tracerl_jax.parallel.order import in_order
 from tracerl_jax.parallel.sharding import batch_sharding, param_shardings
 
 Pairs = dict[str, tuple[jax.Array, jax.Array]]
@@ -125,10 +126,12 @@ class Updater:
             batch = put_batch(batch, self._mesh)
             if sums is None:  # starting from zeros, so that the large program is compiled once and not twice
                 sums = self._zeros(state.params, self._gradient_shapes(state.params, batch, denominator, *extra))
-            sums = self._accumulate(state.params, sums, batch, denominator, *extra)
+            with in_order(self._mesh):
+                sums = self._accumulate(state.params, sums, batch, denominator, *extra)
         if sums is None:
             raise ValueError("an update needs at least one micro-batch")
-        return self._apply(state, sums)
+        with in_order(self._mesh):
+            return self._apply(state, sums)
 
     def traced(self, state: TrainState, batch: Any, *extra: Any) -> dict[str, jax.stages.Traced]:
         """The two programs of an update for arguments of these shapes and shardings; nothing runs."""

@@ -1,0 +1,192 @@
+"""Where the samples of an RL step come from: decoded before its updates, or beside those of the step before.
+
+    rl.overlap=none            | decode 1 | update 1 | decode 2 | update 2 | decode 3 | update 3 |
+
+    rl.overlap=one_step_off    | decode 1 | update 1 | update 2 | update 3 |
+                                          | decode 2 | decode 3 | decode 4 |        in a thread
+
+Both lines of a column start with the same weights: those after update k-1 decode step k+1. The columns are barriers, so
+what a sample is decoded with never depends on timing. At a barrier the samples of the next step are there and nobody
+works: that is where a run is saved, the samples with it, and where it is evaluated. The last step decodes ahead too, so
+that a run that is continued with more steps goes on as if it had never ended.
+"""
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from tracerl_jax.data.iterator import PromptIterator
+from tracerl_jax.data.prompts import Problem
+from tracerl_jax.diffusion.trace import Trace
+from tracerl_jax.report.metrics import PhaseTimer
+from tracerl_jax.rl.experience import Sample, judge
+from tracerl_jax.rollout.engine import Engine
+from tracerl_jax.rollout.options import Request
+from tracerl_jax.training.run import Run, rollout_options
+
+
+@dataclass(frozen=True)
+class Experience:
+    """The judged samples of a step, those of a problem side by side."""
+
+    problems: list[int]  # rows of `run.train_problems`
+    samples: list[Sample]
+    policy_updates: int  # that the policy that sampled them had had
+    rollout_seconds: float
+    reward_seconds: float
+
+    @property
+    def traces(self) -> list[Trace]:
+        return [sample.trace for sample in self.samples]
+
+
+_SAVED = ("problems", "policy_updates", "rollout_seconds", "reward_seconds")  # of an Experience, beside its traces
+
+
+class Rollouts:
+    """Experience for one step after the other, each by the policy of the step before (`rl.overlap=none`).
+
+        experience = rollouts.take(step, updates, timer)
+        rollouts.before_update(...)     the engine gives its memory to the updates
+        rollouts.after_update(params)   or goes on with the new weights
+    """
+
+    def __init__(self, run: Run, engine: Engine, iterator: PromptIterator):
+        self.run, self.engine, self.iterator = run, engine, iterator
+
+    def take(self, step: int, updates: int, timer: PhaseTimer) -> Experience:
+        """Samples for this step; nothing has changed yet: may be interrupted. `updates`: that the policy has had."""
+        chosen = self._draw()
+        problems = [self.run.train_problems[i] for i in chosen]
+        start = time.perf_counter()
+        with timer("rollout"):
+            traces = list(self.run.watch(self.engine.generate(requests_of(self.run, problems, step))))
+        decoded = time.perf_counter()
+        with timer("reward"):
+            samples = judge_traces(self.run, problems, traces)
+        return Experience(chosen, samples, updates, decoded - start, time.perf_counter() - decoded)
+
+    def before_update(self, step: int, updates: int) -> None:
+        self.engine.update_params(None)
+
+    def after_update(self, params: Any, timer: PhaseTimer) -> None:
+        with timer("sync"):
+            self.engine.update_params(params)
+
+    def ahead(self) -> dict | None:
+        """What a checkpoint must hold besides the position of the iterator, JSON-able."""
+        return None
+
+    def metrics(self, experience: Experience, updates: int) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+    def _draw(self) -> list[int]:
+        return self.iterator.next(self.run.config.rollout.prompts_per_step).tolist()
+
+
+class OneStepOff(Rollouts):
+    """A thread decodes and judges the samples of step k+1 while step k updates (`rl.overlap=one_step_off`).
+
+    `ahead`: what this method gave when the run was saved.
+    """
+
+    def __init__(self, run: Run, engine: Engine, iterator: PromptIterator, params: Any, ahead: dict | None):
+        super().__init__(run, engine, iterator)
+        self._next = None if ahead is None else _restored(run, ahead)
+        self._pending: Future[Experience] | None = None
+        self._cancelled = threading.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
+        engine.update_params(params, own=True)
+
+    def take(self, step: int, updates: int, timer: PhaseTimer) -> Experience:
+        if self._next is None:  # the first step of a run
+            return super().take(step, updates, timer)
+        self.run.stop.check()
+        experience, self._next = self._next, None
+        return experience
+
+    def before_update(self, step: int, updates: int) -> None:
+        self._pending = self._thread.submit(self._make, self._draw(), step + 1, updates)
+
+    def after_update(self, params: Any, timer: PhaseTimer) -> None:
+        """Raises what the thread raised."""
+        with timer("wait"):
+            self._next = self._pending.result()
+        with timer("sync"):
+            self.engine.update_params(params, own=True)
+
+    def ahead(self) -> dict | None:
+        if self._next is None:
+            return None
+        known = {name: getattr(self._next, name) for name in _SAVED}
+        return known | {"traces": [trace.to_row() for trace in self._next.traces]}
+
+    def metrics(self, experience: Experience, updates: int) -> dict[str, float]:
+        return {
+            "overlap/staleness": float(updates - experience.policy_updates),
+            "overlap/rollout_seconds": experience.rollout_seconds,
+            "overlap/reward_seconds": experience.reward_seconds,
+        }
+
+    def close(self) -> None:
+        """Waits for the thread, which stops at the end of its chunk of forwards."""
+        self._cancelled.set()
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _make(self, chosen: list[int], step: int, updates: int) -> Experience:
+        problems = [self.run.train_problems[i] for i in chosen]
+        start = time.perf_counter()
+        numbers = [self.engine.submit(request) for request in requests_of(self.run, problems, step)]
+        finished: dict[int, Trace] = {}
+        while self.engine.busy:
+            self._go_on()
+            finished |= self.engine.step()
+        decoded = time.perf_counter()
+        samples = judge_traces(self.run, problems, [finished[number] for number in numbers])
+        return Experience(chosen, samples, updates, decoded - start, time.perf_counter() - decoded)
+
+    def _go_on(self) -> None:
+        if self._cancelled.is_set():
+            raise RuntimeError("the rollout was given up")  # nobody waits for it any more
+
+
+def open_rollouts(
+    run: Run, engine: Engine, iterator: PromptIterator, params: Any, ahead: dict | None
+) -> Rollouts:
+    """By `rl.overlap`. `params` are the policy's, `ahead` is what `Rollouts.ahead` gave when the run was saved."""
+    if run.config.rl.overlap == "none":
+        return Rollouts(run, engine, iterator)
+    return OneStepOff(run, engine, iterator, params, ahead)
+
+
+def requests_of(run: Run, problems: Sequence[Problem], step: int) -> list[Request]:
+    """What a step decodes, the samples of a problem side by side."""
+    # A problem that comes up again in another step must draw other noise.
+    options = rollout_options(run.config, seed=(run.config.seed * 1_000_003 + step) % 2**32)
+    return [
+        Request(problem.prompt_ids, options, sample_index=index)
+        for problem in problems
+        for index in range(run.config.rollout.samples_per_prompt)
+    ]
+
+
+def judge_traces(run: Run, problems: Sequence[Problem], traces: Sequence[Trace]) -> list[Sample]:
+    task, section = run.task, run.config.rollout
+    return judge(
+        problems, traces, run.decode,
+        rewards={task.accuracy_reward: 0.0, **task.rewards}, accuracy_reward=task.accuracy_reward,
+        samples_per_prompt=section.samples_per_prompt, truncated_is_wrong=section.truncated_is_wrong,
+    )  # fmt: skip
+
+
+def _restored(run: Run, ahead: dict) -> Experience:
+    """The experience of a checkpoint, judged once more."""
+    traces = [Trace.from_row(row, f"sample {i} of the checkpoint") for i, row in enumerate(ahead["traces"])]
+    problems = [run.train_problems[i] for i in ahead["problems"]]
+    return Experience(samples=judge_traces(run, problems, traces), **{name: ahead[name] for name in _SAVED})
