@@ -79,7 +79,7 @@ const choose = (name, value) => {
 out.all = shown(); choose("step", "rl 20"); out.step20 = shown();
 choose("verdict", "correct"); const right = shown(); choose("verdict", "incorrect"); out.split = right + shown();
 $(".rows tbody tr").click(); out.opened = $("#viewer h2").textContent;
-choose("coloring", "logprob"); out.color = $("#viewer .tok:not(.given)").style.background;
+choose("coloring", "confidence"); out.color = $("#viewer .tok:not(.given)").style.background;
 $(".theme").click(); out.theme = document.documentElement.dataset.theme;
 document.body.dataset.out = JSON.stringify(out);
 </script>"""
@@ -92,7 +92,7 @@ def test_viewer_filter_and_curves_answer_to_mouse_and_keyboard(page_path, tmp_pa
     out = json.loads(html.unescape(re.search(r'data-out="([^"]*)"', dom)[1]))
     assert (out["first"], out["moved"], out["masked"]) == ("0", "1", "0")
     assert out["hash"].startswith("#sample=2&step=")
-    assert "log-prob -" in out["token"] and "revealed at step" in out["token"]
+    assert "probability " in out["token"] and "log-prob -" in out["token"] and "revealed at step" in out["token"]
     assert "prompt token" in out["key"]
     assert out["chart"].startswith("step 1\n") and "rollouts: " in out["chart"]
     assert (out["all"], out["step20"], out["split"]) == (28, 4, 4)

@@ -12,7 +12,7 @@ from synthetic import CONFIG, write_run
 
 from tracerl_jax.errors import DataError
 from tracerl_jax.launch import report
-from tracerl_jax.report import page as module
+from tracerl_jax.report import samples as module
 from tracerl_jax.report.charts import CHARTS, MAX_POINTS, build_charts, collect_series, downsample
 from tracerl_jax.report.page import build_page, write_page
 from tracerl_jax.report.run_dir import RunDir
