@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from tracerl_jax.diffusion.trace import Trace
@@ -18,13 +17,13 @@ def trace_page(model: str, columns: Sequence[Mapping[str, Any]], traces: Sequenc
     """The page as HTML.
 
     Args:
-        model: the model's folder.
+        model: its name, the heading.
         columns: of every trace, `prompt` (else the text or ids of the prompt are shown) and `line`, if it has them.
         tokenizer: without one, ids are shown.
     """
     picked = pick(len(traces), TOKEN_BYTES * sum(len(trace.ids) for trace in traces))
     return render_page(SCRIPTS, {
-        "name": Path(model).resolve().name,
+        "name": model,
         "made": datetime.now().isoformat(sep=" ", timespec="minutes"),
         "samples": [_sample(columns[i], traces[i], tokenizer) for i in sorted(picked)],
         "samples_total": len(traces),
