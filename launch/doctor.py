@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
 def format_report(report) -> str:
     """Text for people: versions, devices, then each finding and its fix."""
-    from tracerl_jax.doctor import GIB
+    from tracerl_jax.units import GIB
 
     facts = report.facts
     lines = [f"python {'.'.join(map(str, facts.python))}"]

@@ -1,26 +1,35 @@
 """tracerl generate: complete prompts with a model folder and record how every token was revealed."""
 
 import argparse
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 
 logger = logging.getLogger("tracerl_jax.launch.generate")
 
-HELP = """Complete the prompts of a JSONL file by block diffusion and write one row per completion, in input order:
-ids, text (null when the folder has no tokenizer), step_map (denoise step of every token), logprobs, denoise_forwards,
-stop_reason, and what `tracerl score` needs to replay them.
+HELP = """Complete a prompt, shown block by block as it is decoded, or the prompts of a JSONL file. A prompt as text
+is put into the tokenizer's chat template as a user message.
 
-Input rows: `prompt` (text, put into the tokenizer's chat template as a user message) or `prompt_ids` (taken as they
-are), and any of the decoding fields below, which override the flags: strategy, threshold, entropy_bound,
-denoising_steps, block_size, max_tokens, temperature, top_k, top_p, seed, ignore_eos, confidence, stop_ids.
+Rows of the file: `prompt` (text) or `prompt_ids` (taken as they are), and any of the decoding fields below, which
+override the flags: strategy, threshold, entropy_bound, denoising_steps, block_size, max_tokens, temperature, top_k,
+top_p, seed, ignore_eos, confidence, stop_ids. A field that looks like one of them misspelt is refused.
+
+Output rows, in input order: all columns of the input row, its line, ids, text (null when the folder has no tokenizer),
+step_map (denoise step of every token), logprobs, denoise_forwards, forwards (those and commits), stop_reason, and what
+`tracerl score` needs to replay them.
 
 A completion depends on its prompt, options, seed and sample index, not on the batch."""
 
 EPILOG = """examples:
+  tracerl generate --model SDAR-4B-Chat --prompt "What is 12*34?" --temperature 0
+  tracerl generate --model SDAR-4B-Chat --prompt "What is 12*34?" --num_samples 3 --trace page.html
   tracerl generate --model SDAR-4B-Chat --prompts prompts.jsonl --output traces.jsonl
   tracerl generate --model SDAR-4B-Chat --prompts p.jsonl --output t.jsonl --temperature 0 --strategy static
   echo '{"prompt_ids": [5, 6, 7], "max_tokens": 32}' > p.jsonl    # works without a tokenizer"""
+
+STREAM_FORWARDS = 4  # until the terminal shows what is new
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,10 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     flag = parser.add_argument
     flag("--model", required=True, metavar="DIR", help="Hugging Face folder")
-    flag("--prompts", required=True, metavar="IN.jsonl", help="rows to complete")
-    flag("--output", required=True, metavar="OUT.jsonl", help="appears when all rows are done")
-    flag("--num_samples", type=int, default=1, metavar="K", help="completions per prompt, as consecutive rows")
-    flag("--raw", action="store_true", help="tokenize `prompt` as it is, without the chat template")
+    what = parser.add_mutually_exclusive_group(required=True).add_argument
+    what("--prompt", metavar="TEXT", help="complete this on the terminal")
+    what("--prompts", metavar="IN.jsonl", help="rows to complete")
+    flag("--output", metavar="OUT.jsonl", help="of the rows; appears when all are done")
+    flag("--trace", metavar="PAGE.html", help="also write a page that replays how every completion was denoised")
+    flag("--num_samples", type=int, default=1, metavar="K", help="completions per prompt, one after the other")
+    flag("--raw", action="store_true", help="tokenize the prompt as it is, without the chat template")
     flag("--slots", type=int, default=64, help="sequences decoded together (default: %(default)s)")
     flag("--commit", choices=COMMITS, default="auto", help="of finished blocks (default: %(default)s)")
     flag("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and compute")
@@ -58,95 +70,144 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import time
 
-    from tqdm import tqdm
-
-    from tracerl_jax.data.jsonl import write_jsonl
-    from tracerl_jax.diffusion.trace import broken_traces, tokens_per_denoise_step
-    from tracerl_jax.errors import ConfigError
+    from tracerl_jax.diffusion.trace import broken_traces
+    from tracerl_jax.files import replacing, to_line
     from tracerl_jax.interop.hf_load import load_hf
-    from tracerl_jax.interop.tokenizer import decode, load_tokenizer, valid_vocab
-    from tracerl_jax.parallel.mesh import make_mesh
-    from tracerl_jax.rollout.engine import Engine, EngineConfig
+    from tracerl_jax.report.trace_page import trace_page
 
-    if args.num_samples < 1:
-        raise ConfigError(f"--num_samples is {args.num_samples}; it must be at least 1")
-    defaults = _options(vars(args))  # names a bad flag before the weights are read
-    tokenizer = load_tokenizer(args.model)
-    model, params = load_hf(args.model, mesh=make_mesh(), dtype=args.dtype, overrides={"dtype": args.dtype})
-    valid = valid_vocab(tokenizer, model.config.vocab_size)
-    engine = Engine(model, params, EngineConfig(args.slots, commit=args.commit, valid_vocab=valid))
-    lines, requests = _read(args, defaults, engine, tokenizer)
-
-    traces = []
-
-    def rows() -> Iterator[dict]:
-        for line, trace in zip(lines, tqdm(engine.generate(requests), total=len(requests), disable=None), strict=True):
-            traces.append(trace)
-            text = None if tokenizer is None else decode(tokenizer, trace.ids)
-            yield {"line": line, "text": text, **trace.to_row()}
-
-    started = time.monotonic()
-    write_jsonl(args.output, rows())
+    _check_flags(args)
+    engine, tokenizer = _engine(args)  # before the weights, which may take minutes: a bad row is named at once
+    samples = [
+        (row.columns, dataclasses.replace(row.request, sample_index=i))
+        for row in _rows(args, engine, tokenizer)
+        for i in range(args.num_samples)
+    ]
+    columns, requests = zip(*samples, strict=True)
+    print(_memory(engine, requests), file=sys.stderr)
+    with contextlib.ExitStack() as files:
+        # Opened before anything is decoded: a place that cannot be written is named at once, too.
+        output, page = (path and files.enter_context(replacing(path)) for path in (args.output, args.trace))
+        engine.update_params(load_hf(args.model, mesh=engine.model.mesh, dtype=args.dtype)[1])
+        started = time.monotonic()
+        decode = _counted if args.prompt is None else _shown
+        traces = decode(engine, requests, tokenizer)
+        seconds = time.monotonic() - started
+        if output:
+            output.writelines(map(to_line, _records(columns, traces, tokenizer)))
+        if page:
+            page.write(trace_page(args.model, columns, traces, tokenizer))
     if broken := len(broken_traces(traces)):
         logger.warning("%d of %d completions mean nothing: the model gave NaN or infinite numbers", broken, len(traces))
-    tokens = sum(len(trace.ids) for trace in traces)
-    print(
-        f"wrote {len(traces)} completions, {tokens} tokens, to {args.output}: "
-        f"{tokens_per_denoise_step(traces):.2f} tokens per denoise step, {time.monotonic() - started:.1f} s"
-    )
+    written = " and ".join(filter(None, (args.output, args.trace)))
+    if written:
+        print(f"wrote {len(traces)} completions to {written}", file=sys.stderr if args.prompt else sys.stdout)
+    print(_summary(traces, seconds), file=sys.stderr)
     return 0
 
 
-def _options(values: dict):
-    """SamplingOptions of the known keys that are not None."""
-    from tracerl_jax.rollout.options import SamplingOptions
+def _check_flags(args: argparse.Namespace) -> None:
+    from tracerl_jax.errors import ConfigError
 
-    names = [field.name for field in dataclasses.fields(SamplingOptions)]
-    return SamplingOptions(**{name: values[name] for name in names if values.get(name) is not None})
-
-
-def _read(args: argparse.Namespace, defaults, engine, tokenizer):
-    """(lines, requests) of the prompts file, num_samples of each row. Raises DataError naming file and line."""
-    from tracerl_jax.data.jsonl import BadRows, read_jsonl
-    from tracerl_jax.errors import DataError, UserError
-    from tracerl_jax.rollout.options import Request
-
-    path = args.prompts
-    bad, kept, lines, requests = BadRows(args.on_bad_row), 0, [], []
-    for line, row in read_jsonl(path, on_bad_row=args.on_bad_row):
-        try:
-            options = _options({**dataclasses.asdict(defaults), **{k: v for k, v in row.items() if v is not None}})
-            request = Request(_prompt_ids(row, tokenizer, args.raw), options)
-            engine.check(request, "the row")
-        except UserError as error:
-            bad.add(f"{path}:{line}: {error}", "correct the row")
-            continue
-        kept += 1
-        for sample in range(args.num_samples):
-            lines.append(line)
-            requests.append(dataclasses.replace(request, sample_index=sample))
-    bad.report(kept)
-    if not kept:
-        raise DataError(f'{path}: holds no usable row; write rows such as {{"prompt": "What is 2+2?"}}')
-    return lines, requests
+    if args.num_samples < 1:
+        raise ConfigError(f"--num_samples is {args.num_samples}; it must be at least 1")
+    if args.prompts and not (args.output or args.trace):
+        raise ConfigError("--prompts needs --output OUT.jsonl, --trace PAGE.html, or both, to write to")
 
 
-def _prompt_ids(row: dict, tokenizer, raw: bool) -> list[int]:
-    from tracerl_jax.errors import DataError
-    from tracerl_jax.interop.tokenizer import render_chat
+def _engine(args: argparse.Namespace):
+    """(engine without weights, tokenizer or None)."""
+    from tracerl_jax.errors import ConfigError
+    from tracerl_jax.interop.hf_config import read_model_config
+    from tracerl_jax.interop.tokenizer import load_tokenizer, valid_vocab
+    from tracerl_jax.models import Model
+    from tracerl_jax.parallel.mesh import make_mesh
+    from tracerl_jax.rollout.engine import Engine, EngineConfig
 
-    ids = row.get("prompt_ids")
-    if ids is not None:
-        if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
-            raise DataError("field 'prompt_ids' must be a list of integers")
-        return ids
-    text = row.get("prompt")
-    if not isinstance(text, str):
-        raise DataError(f"field 'prompt' (text) or 'prompt_ids' is needed; the row has {', '.join(row) or 'no fields'}")
-    if tokenizer is None:
-        raise DataError("field 'prompt' is text but the model folder has no tokenizer; give 'prompt_ids'")
-    if not raw:
-        if not tokenizer.chat_template:
-            raise DataError("field 'prompt' needs a chat template, which the tokenizer does not have; use --raw")
-        text = render_chat(tokenizer, [{"role": "user", "content": text}])
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    model = Model(read_model_config(args.model, dtype=args.dtype, param_dtype=args.dtype), mesh=make_mesh())
+    tokenizer = load_tokenizer(args.model)
+    config = EngineConfig(args.slots, commit=args.commit, valid_vocab=valid_vocab(tokenizer, model.config.vocab_size))
+    if args.prompt is not None:
+        if tokenizer is None:
+            raise ConfigError(
+                f"--prompt needs a tokenizer, and {args.model} has none; put its files into the folder, or give token "
+                'ids: --prompts IN.jsonl with rows such as {"prompt_ids": [5, 6, 7]}'
+            )
+        slots = min(args.slots, args.num_samples)
+        config = dataclasses.replace(config, slots=slots, forwards_per_chunk=STREAM_FORWARDS)
+    return Engine(model, None, config), tokenizer
+
+
+def _rows(args: argparse.Namespace, engine, tokenizer) -> list:
+    """`RequestRow`s of the prompt or the prompts file."""
+    from tracerl_jax.rollout.engine import Request
+    from tracerl_jax.rollout.request_rows import RequestRow, encode_prompt, options_of, read_requests
+
+    defaults = options_of(vars(args))
+    if args.prompt is None:
+        return read_requests(args.prompts, defaults, engine, tokenizer, raw=args.raw, on_bad_row=args.on_bad_row)
+    request = Request(encode_prompt(args.prompt, tokenizer, raw=args.raw), defaults)
+    engine.check(request, "--prompt")
+    return [RequestRow({"prompt": args.prompt}, request)]
+
+
+def _memory(engine, requests: Sequence) -> str:
+    from tracerl_jax.rollout.weights import weight_bytes
+    from tracerl_jax.units import format_bytes
+
+    by_block: dict = {}  # those of one block size are decoded together
+    for request in requests:
+        by_block.setdefault(request.options.block_size, []).append(request)
+    most = max((engine.memory_bytes(group) for group in by_block.values()), key=lambda size: sum(size.values()))
+    sizes = {"weights": weight_bytes(engine.model), **most}
+    devices = engine.model.mesh.size
+    together = f" on {devices} devices together" if devices > 1 else ""
+    return f"memory{together}: " + ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())
+
+
+def _counted(engine, requests: Sequence, tokenizer) -> list:
+    """Traces of all requests, with a progress bar on a terminal."""
+    from tqdm import tqdm
+
+    return list(tqdm(engine.generate(requests), total=len(requests), disable=None))
+
+
+def _shown(engine, requests: Sequence, tokenizer) -> list:
+    """Traces of all requests, whose text goes to stdout as it comes; of several, one after the other."""
+    from tracerl_jax.interop.tokenizer import StreamDecoder
+    from tracerl_jax.rollout.stream import stream
+
+    count = len(requests)
+    decoders, traces = [StreamDecoder(tokenizer) for _ in requests], [None] * count
+    texts = [f"[sample {i + 1} of {count}]\n" if count > 1 else "" for i in range(count)]  # not shown yet
+    shown = 0  # completions shown to their end; of those behind the next one the text waits
+    for i, ids, trace in stream(engine, requests):
+        texts[i] += decoders[i].push(ids)
+        if trace is not None:
+            traces[i] = trace
+            texts[i] += decoders[i].finish() + ("\n\n" if i + 1 < count else "\n")
+        while shown < count:
+            print(texts[shown], end="", flush=True)
+            texts[shown] = ""
+            if traces[shown] is None:
+                break
+            shown += 1
+    return traces
+
+
+def _records(columns: Iterable[dict], traces: Iterable, tokenizer) -> Iterator[dict]:
+    from tracerl_jax.interop.tokenizer import decode
+
+    for row, trace in zip(columns, traces, strict=True):
+        text = None if tokenizer is None else decode(tokenizer, trace.ids)
+        yield {**row, "text": text, **trace.to_row()}
+
+
+def _summary(traces: Sequence, seconds: float) -> str:
+    from tracerl_jax.diffusion.trace import tokens_per_denoise_step
+
+    tokens = sum(len(trace.ids) for trace in traces)
+    steps, forwards = (sum(getattr(trace, name) for trace in traces) for name in ("denoise_forwards", "forwards"))
+    return (
+        f"{tokens} tokens, {steps} denoise steps ({tokens_per_denoise_step(traces):.2f} tokens per denoise step), "
+        f"{forwards} forwards, {seconds:.1f} s"
+    )

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tracerl_jax.units import GIB
+
 PACKAGES = (
     "tracerl_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "ml-collections",
     "safetensors", "numpy", "kernels", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin",
@@ -26,7 +28,6 @@ PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu")
 GOOGLE_VENDOR = "0x1ae0"
 TPU_DEVICE_IDS = ("0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")  # v2/v3, v4, v5p, v5e, v6e, 7x
 DEVICE_TIMEOUT = 120  # seconds; a TPU that another process holds never answers
-GIB = 2**30
 
 # Run in a process of its own: a broken jax may raise, hang or abort, and doctor must survive to say so.
 DEVICE_SCRIPT = """

@@ -7,9 +7,10 @@ import sys
 import pytest
 
 from tracerl_jax import doctor
-from tracerl_jax.doctor import GIB, Device, Facts, Finding, Report, diagnose
+from tracerl_jax.doctor import Device, Facts, Finding, Report, diagnose
 from tracerl_jax.launch import cli
 from tracerl_jax.launch import doctor as command
+from tracerl_jax.units import GIB
 
 VERSIONS = {
     "tracerl_jax": "0.1.0",

@@ -8,12 +8,12 @@ from compiled import mesh_of
 
 from tracerl_jax.config import RunConfig
 from tracerl_jax.config_io import load_config
-from tracerl_jax.plan.chips import GIB
 from tracerl_jax.plan.estimate import Estimate, Plan, bandwidth, overflow_bytes, run_beside
 from tracerl_jax.plan.hlo_cost import Cost
 from tracerl_jax.plan.report import format_plan, knobs, plan_dict
 from tracerl_jax.plan.topology import parse_topology
 from tracerl_jax.plan.workload import Workload
+from tracerl_jax.units import GIB
 
 # (topology, mesh sizes, axes, links of one chip that the group can use)
 TPU_LINKS = [

@@ -10,8 +10,9 @@ from compiled import array, compiled, mesh_of
 from tracerl_jax.errors import ConfigError
 from tracerl_jax.parallel.mesh import make_mesh
 from tracerl_jax.plan import topology
-from tracerl_jax.plan.chips import CHIPS, GIB
+from tracerl_jax.plan.chips import CHIPS
 from tracerl_jax.plan.topology import compile_devices, missing_compiler, parse_topology, usable_hbm
+from tracerl_jax.units import GIB
 
 COMPILERS = {platform: missing_compiler(platform) for platform in ("tpu", "cuda")}
 

@@ -7,11 +7,13 @@ import shutil
 import struct
 import subprocess
 
+import numpy as np
 import pytest
-from synthetic import write_run
+from synthetic import CharTokenizer, random_trace, write_run
 
 from tracerl_jax.report.page import build_page, write_page
 from tracerl_jax.report.run_dir import RunDir
+from tracerl_jax.report.trace_page import trace_page
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on PATH (Debian: apt-get install chromium)")
@@ -79,25 +81,83 @@ const choose = (name, value) => {
 out.all = shown(); choose("step", "rl 20"); out.step20 = shown();
 choose("verdict", "correct"); const right = shown(); choose("verdict", "incorrect"); out.split = right + shown();
 $(".rows tbody tr").click(); out.opened = $("#viewer h2").textContent;
-choose("coloring", "logprob"); out.color = $("#viewer .tok:not(.given)").style.background;
+choose("coloring", "confidence"); out.color = $("#viewer .tok:not(.given)").style.background;
 $(".theme").click(); out.theme = document.documentElement.dataset.theme;
 document.body.dataset.out = JSON.stringify(out);
 </script>"""
 
 
-def test_viewer_filter_and_curves_answer_to_mouse_and_keyboard(page_path, tmp_path):
+def acted(tmp_path, page: str, actions: str, fragment: str = "") -> dict:
+    """What the actions left on the page."""
     path = tmp_path / "acted.html"
-    path.write_text(page_path.read_text() + ACTIONS)
-    dom = dump(tmp_path, path, "#sample=2")
-    out = json.loads(html.unescape(re.search(r'data-out="([^"]*)"', dom)[1]))
+    path.write_text(page + actions)
+    return json.loads(html.unescape(re.search(r'data-out="([^"]*)"', dump(tmp_path, path, fragment))[1]))
+
+
+def test_viewer_filter_and_curves_answer_to_mouse_and_keyboard(page_path, tmp_path):
+    out = acted(tmp_path, page_path.read_text(), ACTIONS, "#sample=2")
     assert (out["first"], out["moved"], out["masked"]) == ("0", "1", "0")
     assert out["hash"].startswith("#sample=2&step=")
-    assert "log-prob -" in out["token"] and "revealed at step" in out["token"]
+    assert "probability " in out["token"] and "log-prob -" in out["token"] and "revealed at step" in out["token"]
     assert "prompt token" in out["key"]
     assert out["chart"].startswith("step 1\n") and "rollouts: " in out["chart"]
     assert (out["all"], out["step20"], out["split"]) == (28, 4, 4)
     assert out["opened"] == "Trace of sample 0 (rl step 10)"
     assert "color-mix" in out["color"] and out["theme"] == "light"
+
+
+@pytest.fixture(scope="module")
+def traces_page():
+    """Five completions of one prompt, then one of another, in a page of `tracerl generate --trace`."""
+    rng = np.random.default_rng(0)
+    prompts = [*["Q: 1+1?"] * 5, "Q: 2+2?"]
+    traces = [random_trace(rng, prompt, f"It is <b>{n}</b>.") for n, prompt in enumerate(prompts)]
+    columns = [{"prompt": prompt, "line": line} for line, prompt in enumerate(prompts, start=1)]
+    return trace_page("SDAR-4B-Chat", columns, traces, CharTokenizer())
+
+
+SIDE_BY_SIDE = """<script>
+const out = {}, $ = (selector) => document.querySelector(selector), all = (selector) => [...document.querySelectorAll(selector)];
+const press = (key) => document.body.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+const panes = () => all(".panes h3").map((head) => head.firstChild.textContent);
+const boxes = () => all(".rows input").map((box) => box.checked);
+out.first = panes(); out.heading = $("h1").textContent; out.title = document.title;
+out.lefts = new Set(all(".panes article").map((pane) => pane.getBoundingClientRect().left)).size;
+out.prompts = all(".prompt").length;
+const range = $("[type=range]"); range.value = 2; range.dispatchEvent(new Event("input"));
+out.slider = $("#viewer").dataset.step;
+press("ArrowRight"); out.right = $("#viewer").dataset.step;
+press("ArrowLeft"); press("ArrowLeft"); out.left = $("#viewer").dataset.step; out.hash = location.hash;
+out.masked = all(".panes article").map((pane) => pane.querySelectorAll(".masked").length > 0);
+press("k"); out.playing = $(".play").textContent; press("k"); out.paused = $(".play").textContent;
+all(".rows input")[5].click(); out.more = panes(); out.ownPrompts = all(".prompt").length; out.boxes = boxes();
+for (const i of [0, 1, 2, 3]) all(".rows input")[i].click();
+out.alone = panes(); all(".rows input")[5].click(); out.stays = boxes();
+all(".rows tbody tr")[1].click(); out.opened = $("#viewer h2").textContent;
+document.body.dataset.out = JSON.stringify(out);
+</script>"""
+
+
+def test_samples_of_a_prompt_are_side_by_side_and_step_together(traces_page, tmp_path):
+    out = acted(tmp_path, traces_page, SIDE_BY_SIDE)
+    names = [f"line {line}, sample 1" for line in range(1, 7)]
+    assert out["heading"] == "SDAR-4B-Chat" and out["title"].startswith("SDAR-4B-Chat")
+    assert out["first"] == names[:4] and out["prompts"] == 1 and out["lefts"] >= 2
+    assert (out["slider"], out["right"], out["left"]) == ("2", "3", "1")
+    assert out["hash"] == "#sample=0,1,2,3&step=1" and out["masked"] == [True] * 4
+    assert (out["playing"], out["paused"]) == ("Pause", "Play")
+    assert out["more"] == [*names[:4], names[5]] and out["ownPrompts"] == 5
+    assert out["boxes"] == [True] * 4 + [False, True]
+    assert out["alone"] == [names[5]] and out["stays"] == [False] * 5 + [True]
+    assert out["opened"] == "Trace of line 2, sample 1"
+
+
+def test_one_trace_without_a_tokenizer(tmp_path):
+    page = trace_page("DIR", [{}], [random_trace(np.random.default_rng(0), "ab", "hi")])
+    (tmp_path / "one.html").write_text(page)
+    dom = dump(tmp_path, tmp_path / "one.html").split('id="data"')[0]
+    assert "Trace of sample 1" in dom and "97 98" in dom and "104 " in dom
+    assert "<table" not in dom  # nothing to choose from
 
 
 def test_an_empty_run_and_odd_rows_make_a_page_without_errors(tmp_path):
@@ -118,9 +178,13 @@ def test_an_empty_run_and_odd_rows_make_a_page_without_errors(tmp_path):
     assert "Entropy bounded decoding" in odd and "Trace of sample 1" in odd
 
 
-def test_screenshot_is_taken_at_the_asked_size_and_is_not_blank(page_path, tmp_path):
-    picture = tmp_path / "page.png"
-    browse(tmp_path, "--window-size=1280,900", f"--screenshot={picture}", page_path.as_uri())
+@pytest.mark.parametrize("kind", ["report", "traces"])
+def test_screenshot_is_taken_at_the_asked_size_and_is_not_blank(kind, page_path, traces_page, tmp_path):
+    picture, path = tmp_path / "page.png", page_path
+    if kind == "traces":
+        path = tmp_path / "traces.html"
+        path.write_text(traces_page)
+    browse(tmp_path, "--window-size=1280,900", f"--screenshot={picture}", path.as_uri())
     data = picture.read_bytes()
     assert struct.unpack(">II", data[16:24]) == (1280, 900)
     assert len(data) > 30_000  # a blank page of this size is under 10 kB

@@ -2,17 +2,17 @@ import argparse
 import fnmatch
 import html.parser
 import itertools
-import json
 import math
 import re
 from pathlib import Path
 
 import pytest
+from page_utils import page_data
 from synthetic import CONFIG, write_run
 
 from tracerl_jax.errors import DataError
 from tracerl_jax.launch import report
-from tracerl_jax.report import page as module
+from tracerl_jax.report import samples as module
 from tracerl_jax.report.charts import CHARTS, MAX_POINTS, build_charts, collect_series, downsample
 from tracerl_jax.report.page import build_page, write_page
 from tracerl_jax.report.run_dir import RunDir
@@ -23,10 +23,6 @@ METRICS_DOC = Path(__file__).parents[2] / "docs" / "metrics.md"
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("runs") / "arith")
-
-
-def page_data(page: str) -> dict:
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
 
 
 def test_page_is_one_file_without_outside_resources(run_dir):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "*.tiktoken")
 _MASK_TOKENS = ("<|MASK|>", "<|mask|>", "<MASK>", "<mask>", "[MASK]")
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what the bytes of an incomplete character decode to
+_MAX_UTF8 = 4  # a character spans at most so many byte tokens
 
 
 def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerBase | None:
@@ -89,6 +91,60 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
     no space is added or removed, ids without a token are skipped."""
     known = [int(i) for i in ids if 0 <= i < len(tokenizer)]
     return tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class StreamDecoder:
+    """Text of ids that arrive bit by bit: what `push` and `finish` return joins to `decode` of all ids.
+
+    A character made of several byte tokens is given by the token that completes it; bytes that are no character are
+    given, as U+FFFD, once that is sure. Linear time: only a short window is decoded again, whose start is context
+    (the piece of an id may depend on its left neighbour).
+
+        ids   . . . [context | new]        window = context + new, of whose text `given` characters were returned
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        decode: Callable[[PreTrainedTokenizerBase, list[int]], str] = decode,
+    ):
+        self._decode = lambda ids: decode(tokenizer, ids)
+        self._window: list[int] = []
+        self._context = 0  # ids of the window that are context
+        self._given = 0
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that has become certain with these ids, which follow those pushed before."""
+        return "".join(self._push(int(i)) for i in ids)
+
+    def finish(self) -> str:
+        """The rest: the bytes of a character that was never completed. Nothing may be pushed afterwards."""
+        return self._decode(self._window)[self._given :]
+
+    def _push(self, i: int) -> str:
+        self._window.append(i)
+        text = self._decode(self._window)
+        if text.endswith(_REPLACEMENT):
+            return self._give_up() if len(self._window) == 2 * _MAX_UTF8 else ""
+        piece = text[self._given :]
+        if piece:
+            self._window = self._window[self._context :]
+            self._context, self._given = len(self._window), len(self._decode(self._window))
+        else:  # a control token; as context it would hide the one before
+            self._window.pop()
+        return piece
+
+    def _give_up(self) -> str:
+        """The text before the ids that may still become a character, which stay."""
+        text = self._decode(self._window)
+        # A cut through the bytes of one character, also of an incomplete one, does not join to the same text.
+        last = len(self._window) - (_MAX_UTF8 - 1)
+        cuts = ((cut, self._decode(self._window[:cut])) for cut in range(last, 0, -1))
+        cut, head = next((c, h) for c, h in cuts if c == 1 or h + self._decode(self._window[c:]) == text)
+        piece = head[self._given :]
+        self._window = self._window[cut:]
+        self._context, self._given = max(self._context - cut, 0), max(self._given - len(head), 0)
+        return piece
 
 
 def render_chat(

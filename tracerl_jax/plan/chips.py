@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-GIB = 2**30
+from tracerl_jax.units import GIB
 
 
 @dataclass(frozen=True)

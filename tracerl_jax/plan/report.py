@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from tracerl_jax.config import RunConfig
-from tracerl_jax.plan.chips import GIB
 from tracerl_jax.plan.estimate import Estimate, Plan
 from tracerl_jax.plan.workload import Workload
+from tracerl_jax.units import GIB, format_bytes
 
 
 def plan_dict(plan: Plan, config: RunConfig, workload: Workload) -> dict[str, Any]:
@@ -63,11 +63,11 @@ def _sent(p: Estimate) -> dict[str, float]:
 def format_plan(plan: Plan, config: RunConfig, workload: Workload) -> str:
     """The table, the memory that stays, what is sent, the step's time, and the verdict."""
     chip, mesh = plan.topology.chip, _mesh(plan.mesh)
-    share = f", of {_gib(chip.hbm_bytes)} (XLA_PYTHON_CLIENT_MEM_FRACTION)" if chip.platform == "cuda" else ""
+    share = f", of {format_bytes(chip.hbm_bytes)} (XLA_PYTHON_CLIENT_MEM_FRACTION)" if chip.platform == "cuda" else ""
     mesh += f", in decoding {_mesh(plan.rollout_mesh)}" if plan.rollout_mesh != plan.mesh else ""
     lines = [
-        f"{config.name} on {plan.topology.name}: {_chips(plan.topology.chips)} with {_gib(plan.limit_bytes)} for "
-        f"programs{share}",
+        f"{config.name} on {plan.topology.name}: {_chips(plan.topology.chips)} with "
+        f"{format_bytes(plan.limit_bytes)} for programs{share}",
         f"mesh: {mesh}",
         f"assumed: prompts of {workload.prompt_tokens} and responses of {workload.response_tokens} tokens "
         f"(the longest: {config.task.max_prompt_tokens} and {config.rollout.max_tokens}), "
@@ -75,7 +75,8 @@ def format_plan(plan: Plan, config: RunConfig, workload: Workload) -> str:
         *["rl.overlap: decoding and updates share the chips, so the step is no shorter than both, and peaks add up"]
         * (config.rl.overlap != "none"),
         "",
-        "stays on every chip: " + ", ".join(f"{name} {_gib(size)}" for name, size in plan.resident_bytes.items()),
+        "stays on every chip: "
+        + ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.resident_bytes.items()),
         "",
         *_columns([_HEADINGS, *(_row(p) for p in plan.programs)]),
         "",
@@ -135,7 +136,7 @@ def _columns(rows: list[tuple[str, ...]], *, right: bool = True) -> list[str]:
 def _verdict(plan: Plan, config: RunConfig) -> list[str]:
     peak = max(plan.programs, key=lambda p: p.peak_bytes)
     at_least = "at least " if peak.overflow else ""
-    share = f"{at_least}{_gib(peak.peak_bytes)} of {_gib(plan.limit_bytes)} ({peak.name})"
+    share = f"{at_least}{format_bytes(peak.peak_bytes)} of {format_bytes(plan.limit_bytes)} ({peak.name})"
     if not plan.fits:
         return [f"DOES NOT FIT: {share}. Turn one of these:", *(f"  {knob}" for knob in knobs(plan, config))]
     rate = plan.response_tokens / plan.step_seconds
@@ -158,7 +159,7 @@ def knobs(plan: Plan, config: RunConfig) -> list[str]:
         found.append("rl.overlap=none: the weights and the cache for decoding give way to the updates")
     if too_large and resident > 0.8 * plan.limit_bytes:
         found.append(f"more chips with a larger mesh.fsdp ({plan.mesh['fsdp']}): weights and optimizers alone take "
-                     f"{_gib(resident)}")  # fmt: skip
+                     f"{format_bytes(resident)}")  # fmt: skip
         if "value" in plan.resident_bytes and not config.value.shared_trunk:
             found.append("value.shared_trunk=true: a head on the policy's features instead of a second model")
         if "reference" in plan.resident_bytes:
@@ -177,10 +178,6 @@ def knobs(plan: Plan, config: RunConfig) -> list[str]:
         found.append("the environment variable XLA_PYTHON_CLIENT_MEM_FRACTION=0.9: more of a GPU's memory for JAX, "
                      "here and in the run")  # fmt: skip
     return found
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.1f} MiB"
 
 
 def _seconds(t: float) -> str:

@@ -19,6 +19,31 @@ function el(tag, props = {}, ...children) {
   return node;
 }
 
+/** A part of the page, in the order in which the scripts ask for them. */
+function section(id) {
+  const node = el("section", { id });
+  document.querySelector("main").append(node);
+  return node;
+}
+
+/** The heading with the theme button, then what is known, as [name, value] pairs; a value of null is left out. */
+function showTop(title, status, facts, links) {
+  document.title = title;
+  const themes = { "": "Theme: system", light: "Theme: light", dark: "Theme: dark" };
+  const theme = el("button", { type: "button", class: "theme", text: themes[""], onclick: () => {
+    const names = Object.keys(themes), page = document.documentElement;
+    page.dataset.theme = names[(names.indexOf(page.dataset.theme || "") + 1) % names.length];
+    theme.textContent = themes[page.dataset.theme];
+  } });
+  document.getElementById("top").append(...[
+    el("div", { class: "title" }, el("h1", { text: DATA.name }),
+      status ? el("span", { class: `status ${status}`, text: status }) : null, theme),
+    el("ul", { class: "facts" }, ...facts.filter(([, value]) => value != null).map(([name, value]) =>
+      el("li", {}, el("span", { text: name + " " }), typeof value === "number" ? number(value) : value))),
+    links && el("nav", { "aria-label": "Parts of the page" }, ...links.map(([id, text]) => el("a", { href: `#${id}`, text }))),
+  ].filter(Boolean));
+}
+
 const MISSING = "–";
 
 function number(value) {

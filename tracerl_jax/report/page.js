@@ -1,33 +1,16 @@
-// Header, results, sample table, configuration; then everything is put together.
-function showHeader(root) {
-  document.title = `${DATA.name} – run report`;
-  const themes = { "": "Theme: system", light: "Theme: light", dark: "Theme: dark" };
-  const theme = el("button", { type: "button", class: "theme", text: themes[""], onclick: () => {
-    const names = Object.keys(themes), page = document.documentElement;
-    page.dataset.theme = names[(names.indexOf(page.dataset.theme || "") + 1) % names.length];
-    theme.textContent = themes[page.dataset.theme];
-  } });
-  root.append(el("div", { class: "title" },
-    el("h1", { text: DATA.name }), el("span", { class: `status ${DATA.status}`, text: DATA.status }), theme));
-  const list = el("ul", { class: "facts" });
-  const fact = (name, value) => value != null && list.append(el("li", {}, el("span", { text: name + " " }), typeof value === "number" ? number(value) : value));
+// The page of a run: header, results, configuration; then everything is put together.
+function showHeader() {
   const config = (key) => (DATA.config[key] === "" ? null : DATA.config[key]);
-  for (const [phase, step] of Object.entries(DATA.progress)) {
+  const progress = Object.entries(DATA.progress).map(([phase, step]) => {
     const total = config(`${phase}.steps`);
-    fact(`${phase === "sft" ? "warm-up" : "RL"} step`, number(step) + (total ? ` of ${number(total)}` : ""));
-  }
-  if (DATA.seconds) fact("time in RL steps", seconds(DATA.seconds));
-  fact("model", config("model.path") ?? config("model.preset"));
-  fact("task", config("task.name"));
-  fact("method", config("rl.method"));
-  fact("decoding", config("rollout.strategy"));
-  fact("block size", config("rollout.block_size"));
-  fact("learning rate", config("rl.optimizer.learning_rate"));
-  fact("seed", config("seed"));
-  fact("page made", DATA.made);
-  const link = (id, text) => el("a", { href: `#${id}`, text });
-  root.append(list, el("nav", { "aria-label": "Parts of the page" }, link("results", "Results"), link("curves", "Curves"),
-    link("samples", "Samples"), link("viewer", "Trace"), link("config", "Configuration")));
+    return [`${phase === "sft" ? "warm-up" : "RL"} step`, number(step) + (total ? ` of ${number(total)}` : "")];
+  });
+  showTop(`${DATA.name} – run report`, DATA.status, [
+    ...progress, ["time in RL steps", DATA.seconds ? seconds(DATA.seconds) : null],
+    ["model", config("model.path") ?? config("model.preset")], ["task", config("task.name")], ["method", config("rl.method")],
+    ["decoding", config("rollout.strategy")], ["block size", config("rollout.block_size")],
+    ["learning rate", config("rl.optimizer.learning_rate")], ["seed", config("seed")], ["page made", DATA.made],
+  ], [["results", "Results"], ["curves", "Curves"], ["samples", "Samples"], ["viewer", "Trace"], ["config", "Configuration"]]);
 }
 
 function showResults(root) {
@@ -61,60 +44,6 @@ function showResults(root) {
   root.append(el("div", { class: "results" }, ...tables));
 }
 
-function showSamples(root) {
-  root.append(el("h2", { text: "Samples" }));
-  if (!DATA.samples.length) {
-    root.append(el("p", { class: "empty", text: "No samples yet." }));
-    return false;
-  }
-  if (DATA.samples.length < DATA.samples_total) {
-    root.append(el("p", { class: "note", text:
-      `${number(DATA.samples.length)} of ${number(DATA.samples_total)} samples, spread over the run; samples.jsonl has all.` }));
-  }
-  const when = (sample) => `${sample.phase} ${sample.step}`;
-  const step = el("select", { name: "step", onchange: filter }, el("option", { value: "", text: "all" }),
-    ...[...new Set(DATA.samples.map(when))].map((text) => el("option", { value: text, text })));
-  const verdict = el("select", { name: "verdict", onchange: filter }, el("option", { value: "", text: "all" }),
-    ...[...new Set(DATA.samples.map(verdictOf))].sort().map((text) => el("option", { value: text, text })));
-  const search = el("input", { type: "search", name: "search", oninput: filter });
-  const count = el("span", { class: "note count", "aria-live": "polite" });
-  const rows = DATA.samples.map((sample, i) => {
-    const last = Math.max(0, ...sample.step_map), is = verdictOf(sample);
-    return el("tr", { "data-sample": i, onclick: () => {
-      openSample(i);
-      if (viewer.root.getBoundingClientRect().top > window.innerHeight - 200) viewer.root.scrollIntoView();
-    } },
-      el("td", {}, el("a", { href: `#sample=${i}`, text: i, "aria-label": `open the trace of sample ${i}` })),
-      el("td", { text: when(sample) }),
-      el("td", { class: { correct: "good", incorrect: "bad" }[is] || "", text: is }),
-      el("td", { class: "wide", text: number(sample.reward) }),
-      el("td", { text: sample.ids.length }),
-      el("td", { class: "wide", text: ratio(last ? sample.ids.length / last : null) }),
-      el("td", { class: "text", text: (sample.prompt || "").slice(-160).trim() }),
-      el("td", { class: "text wide", text: (sample.text || "").slice(0, 160).trim() }));
-  });
-  function filter() {
-    const wanted = search.value.toLowerCase();
-    let shown = 0;
-    DATA.samples.forEach((sample, i) => {
-      const fits = (!step.value || when(sample) === step.value) && (!verdict.value || verdictOf(sample) === verdict.value)
-        && `${sample.prompt}\n${sample.text}`.toLowerCase().includes(wanted);
-      rows[i].hidden = !fits;
-      shown += fits;
-    });
-    count.textContent = `${shown} of ${rows.length} shown`;
-  }
-  filter();
-  const heads = [["sample"], ["step"], ["verdict"], ["reward", "wide"], ["tokens"], ["per step", "wide"], ["prompt", "text"], ["completion", "text wide"]];
-  root.append(
-    el("div", { class: "filters" }, el("label", {}, "Step", step), el("label", {}, "Verdict", verdict),
-      el("label", {}, "Search", search), count),
-    el("div", { class: "card rows" }, el("table", {},
-      el("thead", {}, el("tr", {}, ...heads.map(([text, cls]) => el("th", { scope: "col", class: cls, text })))),
-      el("tbody", {}, ...rows))));
-  return true;
-}
-
 function showConfig(root) {
   const entries = Object.entries(DATA.config);
   if (!entries.length) return;
@@ -123,9 +52,21 @@ function showConfig(root) {
       el("dt", { text: key }), el("dd", { text: typeof value === "string" ? value : JSON.stringify(value) }))))));
 }
 
-showHeader(document.getElementById("top"));
-showResults(document.getElementById("results"));
-showCurves(document.getElementById("curves"));
-if (showSamples(document.getElementById("samples"))) showViewer();
-showConfig(document.getElementById("config"));
+const when = (sample) => `${sample.phase} ${sample.step}`;
+
+showHeader();
+showResults(section("results"));
+showCurves(section("curves"));
+showSamples(section("samples"), {
+  columns: [
+    { name: "step", value: when },
+    { name: "verdict", value: verdictOf, cls: (verdict) => VERDICT_CLASS[verdict] },
+    { name: "reward", wide: true, value: (sample) => number(sample.reward) },
+    ...COLUMNS,
+  ],
+  filters: [["Step", "step", when], ["Verdict", "verdict", verdictOf]],
+  file: "samples.jsonl",
+});
+if (DATA.samples.length) showViewer(section("viewer"), [DATA.samples.length - 1]);
+showConfig(section("config"));
 document.documentElement.dataset.ready = "true";

@@ -1,12 +1,19 @@
-"""Rows of samples.jsonl: a trace, its text and its verdict, with what the trace viewer needs."""
+"""Samples as the trace viewer needs them: a trace, its text piece by piece and, where there is one, its verdict."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tracerl_jax.diffusion.trace import Trace
+from tracerl_jax.interop.tokenizer import StreamDecoder
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-MAX_UTF8 = 4  # a character spans at most four byte tokens
+MAX_SAMPLES = 300  # of a page
+MAX_SAMPLE_BYTES = 16 * 2**20
+
+# Of a sample the page needs these; ids of the prompt alone can be thousands.
+SAMPLE_KEYS = (
+    "name", "step", "phase", "prompt", "text", "ids", "step_map", "logprobs", "tail_ids", "tail_step_map", "block_size",
+    "reward", "rewards", "accuracy", "stop_reason", "ground_truth", "tokens", "prompt_tail", "tail_tokens", "forwards",
+)  # fmt: skip
 
 
 def sample_row(
@@ -14,21 +21,41 @@ def sample_row(
     rewards: Mapping[str, float | None] | None = None, accuracy: float | None = None, ground_truth: Any = None,
     tokenizer=None,
 ) -> dict[str, Any]:  # fmt: skip
-    """One row of samples.jsonl: `Trace.to_row` (so `tracerl score` reads it), text and verdict.
+    """One row of samples.jsonl: a `trace_row` (so `tracerl score` reads it) and its verdict; `reward` None means "no
+    verdict"."""
+    return {
+        "step": step, "phase": phase, **trace_row(trace, prompt, text, tokenizer), "reward": reward,
+        "rewards": dict(rewards or {}), "accuracy": accuracy, "ground_truth": ground_truth,
+    }  # fmt: skip
+
+
+def trace_row(trace: Trace, prompt: str, text: str, tokenizer=None) -> dict[str, Any]:
+    """`Trace.to_row` with its text and that of its tokens.
 
     `tokens` holds the decoded piece of each id of `ids`, `tail_tokens` those of `tail_ids`, and `prompt_tail` those of
-    the last p mod B prompt tokens, which share a block with the response. `reward` None means "no verdict".
+    the last p mod B prompt tokens, which share a block with the response.
     """
     canvas = [*trace.prompt_ids.tolist(), *trace.ids.tolist(), *trace.tail_ids.tolist()]
     p, r = len(trace.prompt_ids), len(trace.ids)
     head = p - p % trace.block_size
     pieces = decode_pieces(tokenizer, canvas[head:])
     return {
-        "step": step, "phase": phase, "prompt": prompt, "text": text, **trace.to_row(), "reward": reward,
-        "rewards": dict(rewards or {}), "accuracy": accuracy, "ground_truth": ground_truth,
-        "prompt_tail": pieces[: p - head], "tokens": pieces[p - head : p - head + r],
-        "tail_tokens": pieces[p - head + r :],
+        "prompt": prompt, "text": text, **trace.to_row(), "prompt_tail": pieces[: p - head],
+        "tokens": pieces[p - head : p - head + r], "tail_tokens": pieces[p - head + r :],
     }  # fmt: skip
+
+
+def shown_sample(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page needs of a row, which may lack much of it."""
+    shown = {key: row[key] for key in SAMPLE_KEYS if key in row}
+    return {"ids": [], "step_map": [], **shown, "prompt_length": len(row.get("prompt_ids", ()))}
+
+
+def pick(total: int, size: int) -> set[int]:
+    """Which of `total` samples of `size` bytes a page shows: at most MAX_SAMPLES and about MAX_SAMPLE_BYTES, spread
+    evenly."""
+    limit = min(total, MAX_SAMPLES, max(total * MAX_SAMPLE_BYTES // max(size, 1), 1))
+    return {round(i * (total - 1) / max(limit - 1, 1)) for i in range(limit)}
 
 
 def decode_pieces(tokenizer, ids: Sequence[int]) -> list[str]:
@@ -40,16 +67,12 @@ def decode_pieces(tokenizer, ids: Sequence[int]) -> list[str]:
     if tokenizer is None:
         return [f"{i} " for i in ids]
 
-    def decode(part):
-        return tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    # Decode a short window in which the last piece is still context: a piece may depend on its left neighbour.
-    #   ids   . . . [context | new]        text(context + new) = text(context) + piece
-    pieces, context, done = [], 0, 0
-    for i in range(len(ids)):
-        text, before = decode(list(ids[context : i + 1])), decode(list(ids[context:done]))
-        complete = not text.endswith(REPLACEMENT) or i + 1 - done >= MAX_UTF8 or i + 1 == len(ids)
-        pieces.append(text[len(before) :] if complete else "")
-        if complete:
-            context, done = done, i + 1
+    stream = StreamDecoder(tokenizer, _decode_all)
+    pieces = [stream.push([i]) for i in ids]
+    if pieces:
+        pieces[-1] += stream.finish()
     return pieces
+
+
+def _decode_all(tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -1,14 +1,15 @@
-// The trace viewer: the canvas of one sample at one denoise step.
+// The trace viewer: the canvases of one or several samples at one denoise step.
 //
 //   prompt tail | block | block | ...      edges lie on the absolute grid: positions that are multiples of B
 //
 // Every token keeps its width while it is masked, so that nothing moves when it is revealed.
-const viewer = { root: document.getElementById("viewer"), sample: -1, step: 0, last: 0, tokens: [], timer: null };
+const MOST_PANES = 6;
+const viewer = { root: null, panes: [], step: 0, last: 0, timer: null };
 
 const COLORINGS = {
   block: "step within its block",
   overall: "step overall",
-  logprob: "log-prob",
+  confidence: "confidence",
 };
 
 function ramp(fraction) {
@@ -44,68 +45,74 @@ function describeToken(token, sample) {
   const place = `position ${token.position}` + (sample.block_size ? `, block ${token.block}` : "");
   if (token.kind === "given") return `${shown}\n${place}\nprompt token in the first block`;
   const lines = [shown, `id ${token.id}, ${place}`, `revealed at step ${token.step}`];
-  if (token.logprob != null) lines.push(`log-prob ${token.logprob.toFixed(4)} (${percent(Math.exp(token.logprob))})`);
+  if (token.logprob != null) lines.push(`probability ${percent(Math.exp(token.logprob))} (log-prob ${token.logprob.toFixed(4)})`);
   if (token.kind === "beyond") lines.push("beyond the end: not part of the completion");
   return token.step > viewer.step ? `masked\n${place}` : lines.join("\n");
 }
 
+const allTokens = () => viewer.panes.flatMap((pane) => pane.tokens);
+
 function paint() {
   const coloring = viewer.root.querySelector("[name=coloring]").value;
-  const ranks = Math.max(...viewer.tokens.map((token) => token.rank), 1);
-  for (const token of viewer.tokens.filter((token) => token.kind !== "given")) {
+  const tokens = allTokens(), ranks = Math.max(...tokens.map((token) => token.rank), 1);
+  for (const token of tokens.filter((token) => token.kind !== "given")) {
     const share = coloring === "block" ? (token.rank - 1) / Math.max(ranks - 1, 1)
       : (token.step - 1) / Math.max(viewer.last - 1, 1);
-    const probability = token.logprob == null ? 1 : Math.exp(token.logprob);
-    token.color = coloring === "logprob"
-      ? `color-mix(in oklab, var(--high) ${Math.round(100 * probability)}%, var(--low))` : ramp(share);
+    token.color = coloring !== "confidence" ? ramp(share) : token.logprob == null ? "var(--fill)"
+      : `color-mix(in oklab, var(--high) ${Math.round(100 * Math.exp(token.logprob))}%, var(--low))`;
   }
   const key = viewer.root.querySelector(".key");
   const swatch = (background, text) => el("span", {}, el("span", { class: "tok swatch", style: `background:${background}` }), text);
   const ordinal = (n) => n + (["th", "st", "nd", "rd"][n % 100 > 10 && n % 100 < 14 ? 0 : n % 10] || "th");
-  const entries = coloring === "logprob" ? [swatch("var(--low)", "improbable"), swatch("var(--high)", "certain")]
+  const entries = coloring === "confidence" ? [swatch("var(--low)", "improbable"), swatch("var(--high)", "certain")]
     : coloring === "overall" ? [swatch(ramp(0), "first step"), swatch(ramp(1), `step ${viewer.last}`)]
     : Array.from({ length: Math.min(ranks, 8) }, (_, i) => {
       const rank = ranks <= 8 ? i + 1 : 1 + Math.round(i * (ranks - 1) / 7);
       return swatch(ramp((rank - 1) / Math.max(ranks - 1, 1)), `${ordinal(rank)} step of its block`);
     });
   entries.push(el("span", {}, el("span", { class: "tok masked swatch" }), "masked"));
-  if (viewer.tokens.some((token) => token.kind === "given")) {
+  if (tokens.some((token) => token.kind === "given")) {
     entries.push(el("span", {}, el("span", { class: "tok given swatch" }), "prompt"));
   }
-  if (viewer.tokens.some((token) => token.kind === "beyond")) entries.push(el("span", { text: "faded: beyond the end" }));
+  if (tokens.some((token) => token.kind === "beyond")) entries.push(el("span", { text: "faded: beyond the end" }));
   if (viewer.root.querySelector(".edge")) entries.push(el("span", {}, el("span", { class: "edge" }), "block boundary"));
   key.replaceChildren(...entries);
 }
 
 function showStep(step) {
   viewer.step = Math.min(Math.max(step, 0), viewer.last);
-  const now = [];
-  let revealed = 0, total = 0;
-  for (const token of viewer.tokens) {
-    if (token.kind === "given") continue;
-    const masked = token.step > viewer.step;
-    total += 1;
-    revealed += !masked;
-    if (token.step === viewer.step) now.push(token);
-    token.node.classList.toggle("masked", masked);
-    token.node.classList.toggle("now", token.step === viewer.step);
-    token.node.style.background = masked ? "" : token.color;
-  }
+  const counts = viewer.panes.map(showPane);
+  const total = (name) => counts.reduce((sum, count) => sum + count[name], 0);
   const find = (selector) => viewer.root.querySelector(selector);
   find("[type=range]").value = viewer.step;
   find("[type=range]").setAttribute("aria-valuetext", `step ${viewer.step} of ${viewer.last}`);
   find(".first").disabled = find(".previous").disabled = viewer.step === 0;
   find(".last").disabled = find(".next").disabled = viewer.step === viewer.last;
-  const block = now.length && DATA.samples[viewer.sample].block_size ? `block ${now[0].block}, ` : "";
-  find(".where").textContent = `Step ${viewer.step} of ${viewer.last}: ${block}` +
-    (now.length ? `${now.length} revealed now, ` : "") + `${revealed} of ${total} tokens visible`;
+  const alone = viewer.panes.length === 1 && counts[0].block != null ? `block ${counts[0].block}, ` : "";
+  find(".where").textContent = `Step ${viewer.step} of ${viewer.last}: ${alone}` +
+    (total("now") ? `${total("now")} revealed now, ` : "") + `${total("visible")} of ${total("all")} tokens visible`;
   viewer.root.dataset.step = viewer.step;
-  viewer.root.dataset.masked = total - revealed;
-  history.replaceState(null, "", `#sample=${viewer.sample}&step=${viewer.step}`);
+  viewer.root.dataset.masked = total("all") - total("visible");
+  history.replaceState(null, "", `#sample=${viewer.panes.map((pane) => pane.index)}&step=${viewer.step}`);
+}
+
+/** One canvas at the viewer's step: {all, visible, now, block}, numbers of tokens and the block they are in now. */
+function showPane(pane) {
+  const now = [], tokens = pane.tokens.filter((token) => token.kind !== "given");
+  for (const token of tokens) {
+    const masked = token.step > viewer.step;
+    if (token.step === viewer.step) now.push(token);
+    token.node.classList.toggle("masked", masked);
+    token.node.classList.toggle("now", token.step === viewer.step);
+    token.node.style.background = masked ? "" : token.color;
+  }
+  const visible = tokens.filter((token) => token.step <= viewer.step).length;
+  pane.node.querySelector(".progress").textContent = viewer.step < pane.last ? `${visible} of ${tokens.length} visible` : "done";
   if (now.length && viewer.timer) {
-    const canvas = find(".canvas"), top = now[0].node.offsetTop - canvas.offsetTop;
+    const { canvas } = pane, top = now[0].node.offsetTop - canvas.offsetTop;
     if (top < canvas.scrollTop || top > canvas.scrollTop + canvas.clientHeight - 40) canvas.scrollTop = top - 60;
   }
+  return { all: tokens.length, visible, now: now.length, block: pane.sample.block_size ? now[0]?.block : null };
 }
 
 function play(start) {
@@ -124,100 +131,125 @@ function play(start) {
   viewer.root.querySelector(".where").setAttribute("aria-live", start ? "off" : "polite");
 }
 
-function verdictOf(sample) {
-  if (sample.accuracy == null) return sample.reward == null ? "no verdict" : "not judged";
-  return sample.accuracy >= 1 ? "correct" : sample.accuracy > 0 ? "partly correct" : "incorrect";
-}
-
 function facts(sample) {
-  const last = Math.max(0, ...sample.step_map), verdict = verdictOf(sample);
   const item = (name, value) => el("span", {}, el("span", { text: name + " " }), value);
+  const judged = sample.reward !== undefined || sample.accuracy != null, verdict = verdictOf(sample);
   const parts = Object.entries(sample.rewards || {}).map(([name, value]) => `${name} ${number(value)}`).join(", ");
   return el("div", { class: "verdict" },
-    item("", el("b", { class: { correct: "good", incorrect: "bad" }[verdict] || "", text: verdict })),
-    item("reward", number(sample.reward) + (parts ? ` (${parts})` : "")),
+    judged ? item("", el("b", { class: VERDICT_CLASS[verdict] || "", text: verdict })) : null,
+    judged ? item("reward", number(sample.reward) + (parts ? ` (${parts})` : "")) : null,
     sample.ground_truth == null ? null : item("expected", typeof sample.ground_truth === "string"
       ? sample.ground_truth : JSON.stringify(sample.ground_truth)),
-    item("ended by", sample.stop_reason === "stop" ? "stop token" : "length limit"),
+    sample.stop_reason ? item("ended by", sample.stop_reason === "stop" ? "stop token" : "length limit") : null,
     item("tokens", String(sample.ids.length)),
-    item("denoise steps", String(last)),
-    item("tokens per step", ratio(last ? sample.ids.length / last : null)));
+    item("denoise steps", String(Math.max(0, ...sample.step_map))),
+    item("tokens per step", tokensPerStep(sample)),
+    sample.forwards ? item("forwards", number(sample.forwards)) : null);
 }
 
-/** Open a sample at a step; without one, at its last. */
-function openSample(index, step) {
-  if (viewer.sample !== index) {
+/** A sample with its canvas; the prompt too, where it has one of its own. */
+function makePane(index, shared) {
+  const sample = DATA.samples[index], tokens = canvasOf(sample), pane = { index, sample, tokens, pointed: null };
+  pane.last = Math.max(0, ...tokens.map((token) => token.step));
+  pane.canvas = el("div", {
+    class: "canvas", tabindex: 0, role: "group", "aria-label": `Tokens of ${nameOf(index)}. Arrow keys move from token to token.`,
+    onpointerover: (event) => {
+      const node = event.target.closest("[data-i]");
+      if (node) showTip(describeToken(tokens[node.dataset.i], sample), node.getBoundingClientRect());
+    },
+    onpointerout: hideTip,
+    onblur: () => pointAt(pane, null),
+    onkeydown: (event) => {
+      const move = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -10, ArrowDown: 10 }[event.key];
+      if (!move) return;
+      event.preventDefault();
+      pointAt(pane, pane.pointed == null ? 0 : Math.min(Math.max(pane.pointed + move, 0), tokens.length - 1));
+    },
+  });
+  tokens.forEach((token, i) => {
+    if (i && sample.block_size && token.position % sample.block_size === 0) {
+      pane.canvas.append(el("span", { class: "edge", title: `block ${token.block} starts at position ${token.position}` }));
+    }
+    token.node = el("span", { class: `tok ${token.kind}`, "data-i": i, text: token.text.replace(/\n/g, "↵") || "·" });
+    pane.canvas.append(token.node);
+    if (token.text.includes("\n")) pane.canvas.append(el("br"));
+  });
+  pane.node = el("article", {},
+    el("h3", {}, nameOf(index), el("span", { class: "progress" })),
+    facts(sample), shared ? null : promptOf(sample), pane.canvas);
+  return pane;
+}
+
+const promptOf = (sample) =>
+  el("div", { class: "prompt", tabindex: 0, role: "group", "aria-label": "Prompt", text: sample.prompt ?? "" });
+
+/** Open samples side by side at a step; without one, at the last. */
+function openSamples(indices, step) {
+  if (String(indices) !== String(viewer.panes.map((pane) => pane.index))) {
     if (viewer.timer) play(false);
-    const sample = DATA.samples[index];
-    viewer.sample = index;
-    viewer.tokens = canvasOf(sample);
-    viewer.last = Math.max(0, ...viewer.tokens.map((token) => token.step));
-    const canvas = viewer.root.querySelector(".canvas");
-    canvas.replaceChildren();
-    viewer.tokens.forEach((token, i) => {
-      if (i && sample.block_size && token.position % sample.block_size === 0) {
-        canvas.append(el("span", { class: "edge", title: `block ${token.block} starts at position ${token.position}` }));
-      }
-      token.node = el("span", { class: `tok ${token.kind}`, "data-i": i, text: token.text.replace(/\n/g, "↵") || "·" });
-      canvas.append(token.node);
-      if (token.text.includes("\n")) canvas.append(el("br"));
-    });
-    viewer.root.querySelector("h2").textContent = `Trace of sample ${index} (${sample.phase} step ${sample.step})`;
-    viewer.root.querySelector(".prompt").textContent = sample.prompt ?? "";
-    viewer.root.querySelector(".verdict").replaceWith(facts(sample));
+    const samples = indices.map((i) => DATA.samples[i]);
+    const shared = samples.every((sample) => sample.prompt === samples[0].prompt);
+    viewer.panes = indices.map((i) => makePane(i, shared));
+    viewer.last = Math.max(...viewer.panes.map((pane) => pane.last));
+    const of = samples[0].phase && samples.length === 1 ? ` (${samples[0].phase} step ${samples[0].step})` : "";
+    viewer.root.querySelector("h2").textContent =
+      `Trace${indices.length > 1 ? "s" : ""} of ${indices.map(nameOf).join(" · ")}${of}`;
+    viewer.root.querySelector(".shared").replaceChildren(...(shared ? [promptOf(samples[0])] : []));
+    viewer.root.querySelector(".panes").replaceChildren(...viewer.panes.map((pane) => pane.node));
+    viewer.root.querySelector(".panes").classList.toggle("several", indices.length > 1);
     viewer.root.querySelector("[type=range]").max = viewer.last;
-    document.querySelectorAll(".rows tr.chosen").forEach((row) => row.classList.remove("chosen"));
-    document.querySelector(`.rows tr[data-sample="${index}"]`)?.classList.add("chosen");
-    viewer.pointed = null;
+    markOpen();
     paint();
   }
   showStep(step == null ? viewer.last : step);
 }
 
-/** Go where "#sample=3&step=7" says; false when the hash names no sample of this page. */
+/** Put a sample beside those that are open, or take it away; one stays. */
+function showBeside(index, beside) {
+  const others = viewer.panes.map((pane) => pane.index).filter((i) => i !== index);
+  const wanted = beside ? [...others, index].slice(-MOST_PANES) : others.length ? others : [index];
+  openSamples(wanted, viewer.step === viewer.last ? null : viewer.step);
+  markOpen();
+}
+
+/** Go where "#sample=3,5&step=7" says; false when the hash names no sample of this page. */
 function openHash() {
-  const hash = new URLSearchParams(location.hash.slice(1));
-  const index = Number(hash.get("sample") ?? NaN), step = Number(hash.get("step") ?? NaN);
-  if (!DATA.samples[index]) return false;
-  openSample(index, Number.isInteger(step) ? step : null);
+  const hash = new URLSearchParams(location.hash.slice(1)), step = Number(hash.get("step") ?? NaN);
+  const indices = (hash.get("sample") ?? "").split(",").filter((text) => DATA.samples[text]).map(Number);
+  if (!indices.length) return false;
+  openSamples([...new Set(indices)].slice(0, MOST_PANES), Number.isInteger(step) ? step : null);
   return true;
 }
 
-function pointAt(i) {
-  viewer.tokens[viewer.pointed]?.node.classList.remove("pointed");
-  viewer.pointed = i;
+function pointAt(pane, i) {
+  pane.tokens[pane.pointed]?.node.classList.remove("pointed");
+  pane.pointed = i;
   if (i == null) { hideTip(); return; }
-  const token = viewer.tokens[i];
+  const token = pane.tokens[i];
   token.node.classList.add("pointed");
   token.node.scrollIntoView({ block: "nearest" });
-  showTip(describeToken(token, DATA.samples[viewer.sample]), token.node.getBoundingClientRect());
+  showTip(describeToken(token, pane.sample), token.node.getBoundingClientRect());
 }
 
-function showViewer() {
+/** Keys of the whole page, where nothing that has the focus wants them. */
+function onKey(event) {
+  if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented) return;
+  if (event.target.closest?.("input, select, textarea, .canvas, svg")) return;
+  const step = { ArrowLeft: viewer.step - 1, ArrowRight: viewer.step + 1 }[event.key];
+  if (step != null) { play(false); showStep(step); }
+  else if (event.key === "k") play(!viewer.timer);
+}
+
+/** Make the viewer and open what the hash says, or else these samples. */
+function showViewer(root, indices) {
+  viewer.root = root;
   const go = (step) => { play(false); showStep(step()); };
   // Drawn, because fonts lack the media symbols.
   const button = (name, shape, label, step) =>
     el("button", { type: "button", class: name, "aria-label": label, title: label, onclick: () => go(step) },
       el("svg", { viewBox: "0 0 16 16", "aria-hidden": "true" }, el("path", { d: shape })));
-  const canvas = el("div", {
-    class: "canvas", tabindex: 0, role: "group", "aria-label": "Response tokens. Arrow keys move from token to token.",
-    onpointerover: (event) => {
-      const node = event.target.closest("[data-i]");
-      if (node) showTip(describeToken(viewer.tokens[node.dataset.i], DATA.samples[viewer.sample]), node.getBoundingClientRect());
-    },
-    onpointerout: hideTip,
-    onblur: () => pointAt(null),
-    onkeydown: (event) => {
-      const move = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -10, ArrowDown: 10 }[event.key];
-      if (!move) return;
-      event.preventDefault();
-      pointAt(viewer.pointed == null ? 0 : Math.min(Math.max(viewer.pointed + move, 0), viewer.tokens.length - 1));
-    },
-  });
-  viewer.root.append(el("h2"), el("div", { class: "card viewer" },
-    el("div", { class: "verdict" }),
-    el("p", { class: "label", text: "Prompt" }), el("div", { class: "prompt", tabindex: 0, role: "group", "aria-label": "Prompt" }),
-    el("p", { class: "label", text: "Response" }),
+  root.append(el("h2"), el("div", { class: "card viewer" },
+    el("div", { class: "shared" }),
     el("div", { class: "player" },
       button("first", "M2 2h2v12H2zM14 2v12L5 8z", "First step", () => 0),
       button("previous", "M12 2v12L3 8z", "Previous step", () => viewer.step - 1),
@@ -227,10 +259,12 @@ function showViewer() {
       el("input", { type: "range", min: 0, max: 0, step: 1, "aria-label": "Denoise step",
         oninput: (event) => go(() => Number(event.target.value)) }),
       el("div", { class: "where", "aria-live": "polite" })),
-    canvas,
+    el("div", { class: "panes" }),
     el("div", { class: "key" }),
     el("div", { class: "key" }, el("label", {}, "Colour by ", el("select", { name: "coloring", onchange: () => { paint(); showStep(viewer.step); } },
-      ...Object.entries(COLORINGS).map(([value, text]) => el("option", { value, text })))))));
+      ...Object.entries(COLORINGS).map(([value, text]) => el("option", { value, text })))),
+      el("span", {}, "Keys: ", el("kbd", { text: "←" }), " ", el("kbd", { text: "→" }), " step, ", el("kbd", { text: "k" }), " play"))));
+  document.addEventListener("keydown", onKey);
   window.addEventListener("hashchange", openHash);
-  if (!openHash()) openSample(DATA.samples.length - 1);
+  if (!openHash()) openSamples(indices);
 }

@@ -9,6 +9,7 @@ sequence: gathering and casting them each time would cost more than the forward.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,16 @@ def abstract_rollout_params(model: Model) -> Params:
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes, param_shardings(model, model.mesh),
     )  # fmt: skip
+
+
+def weight_bytes(model: Model) -> int:
+    """What `rollout_params` takes on all devices together."""
+    def size(leaf: jax.ShapeDtypeStruct) -> int:
+        shape = leaf.shape if model.mesh is None else leaf.sharding.shard_shape(leaf.shape)
+        return leaf.dtype.itemsize * math.prod(shape)
+
+    devices = 1 if model.mesh is None else model.mesh.size
+    return devices * sum(map(size, jax.tree.leaves(abstract_rollout_params(model))))
 
 
 @functools.partial(jax.jit, static_argnums=0)
