@@ -3,11 +3,21 @@
 import json
 
 import pytest
-from tokenizers import pre_tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from tracerl_jax.data.char_tokenizer import build_char_tokenizer
 from tracerl_jax.errors import CheckpointError
-from tracerl_jax.interop.tokenizer import decode, load_tokenizer, mask_token_id, render_chat, valid_vocab
+from tracerl_jax.interop.tokenizer import (
+    StreamDecoder,
+    decode,
+    load_tokenizer,
+    mask_token_id,
+    render_chat,
+    valid_vocab,
+)
 
 ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<|MASK|>")
 NOT_SPECIAL = ("<think>", "</think>")
@@ -32,6 +42,20 @@ def write_bpe(folder, **settings):
               "chat_template": TEMPLATE, "model_max_length": 131072} | settings  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return vocabulary | {token: len(vocabulary) + i for i, token in enumerate(ADDED)}
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bytes")
+    write_bpe(folder, tokenizer_class="Qwen2Tokenizer")
+    return load_tokenizer(folder)
+
+
+def bytes_to_tokens():
+    """The token of every byte, as byte-level vocabularies spell them: printable bytes as they are, the others moved."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    moved = [i for i in range(256) if i not in plain]
+    return {i: chr(i) for i in plain} | {i: chr(256 + n) for n, i in enumerate(moved)}
 
 
 REMOTE = {"tokenizer_class": "SDARTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_sdar.SDARTokenizer", None]}}
@@ -72,6 +96,38 @@ def test_decoding_keeps_markup_and_drops_control_tokens(bpe):
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert vocabulary["</think>"] in ids and vocabulary["<|im_end|>"] in ids
     assert decode(tokenizer, [*ids, vocabulary["<|MASK|>"], len(tokenizer), 10**6]) == "<think>he </think>\n\n4"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "he  said\n", "é € 𝄞𝄞 他們", "<think>𝄞</think> 4<|im_end|>", "he<|im_end|> he", "\ufffd\ufffd x \ufffd"],
+)
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_streamed_text_is_the_decoded_text_and_never_takes_a_character_back(bpe, text, size):
+    tokenizer, _ = bpe
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    stream, pieces = StreamDecoder(tokenizer), []
+    for start in range(0, len(ids), size):
+        pieces.append(stream.push(ids[start : start + size]))
+        assert "\ufffd" in text or "\ufffd" not in pieces[-1]
+    assert "".join([*pieces, stream.finish()]) == decode(tokenizer, ids)
+
+
+@given(st.lists(st.sampled_from([*b"a \n", *"é€𝄞".encode(), 0xFF, 0xC3, 0xF0, "<|im_end|>", 10**6]), max_size=40))
+def test_streamed_text_of_any_bytes(byte_tokenizer, items):
+    tokenizer, byte_tokens = byte_tokenizer, bytes_to_tokens()
+    ids = [i if i == 10**6 else tokenizer.convert_tokens_to_ids(byte_tokens.get(i, i)) for i in items]
+    stream = StreamDecoder(tokenizer)
+    assert "".join([*(stream.push([i]) for i in ids), stream.finish()]) == decode(tokenizer, ids)
+
+
+def test_streamed_text_keeps_the_spaces_that_a_lone_token_would_lose():
+    words = Tokenizer(models.WordLevel({"▁he": 0, "▁said": 1, "</s>": 2, "<unk>": 3}, unk_token="<unk>"))
+    words.decoder = decoders.Metaspace()
+    words.add_special_tokens(["</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    stream = StreamDecoder(tokenizer)
+    assert [stream.push([i]) for i in (2, 0, 2, 2, 1, 1)] == ["", "he", "", "", " said", " said"]
 
 
 def test_chat_template(bpe):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "*.tiktoken")
 _MASK_TOKENS = ("<|MASK|>", "<|mask|>", "<MASK>", "<mask>", "[MASK]")
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what the bytes of an incomplete character decode to
+_MAX_UTF8 = 4  # a character spans at most so many byte tokens
 
 
 def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerBase | None:
@@ -89,6 +91,56 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
     no space is added or removed, ids without a token are skipped."""
     known = [int(i) for i in ids if 0 <= i < len(tokenizer)]
     return tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class StreamDecoder:
+    """Text of ids that arrive bit by bit: what `push` and `finish` return joins to `decode` of all ids.
+
+    A character made of several byte tokens is given by the token that completes it; bytes that are no character are
+    given, as U+FFFD, once that is sure. Linear time: only a short window is decoded again, whose start is context
+    (the piece of an id may depend on its left neighbour).
+
+        ids   . . . [context | new]        window = context + new, of whose text `given` characters were returned
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        decode: Callable[[PreTrainedTokenizerBase, list[int]], str] = decode,
+    ):
+        self._decode = lambda ids: decode(tokenizer, ids)
+        self._window: list[int] = []
+        self._context = 0  # ids of the window that are context
+        self._given = 0
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that has become certain with these ids, which follow those pushed before."""
+        return "".join(self._push(int(i)) for i in ids)
+
+    def finish(self) -> str:
+        """The rest: the bytes of a character that was never completed. Nothing may be pushed afterwards."""
+        return self._decode(self._window)[self._given :]
+
+    def _push(self, i: int) -> str:
+        self._window.append(i)
+        text = self._decode(self._window)
+        unsure = min(len(text) - len(text.rstrip(_REPLACEMENT)), _MAX_UTF8 - 1)
+        certain = len(text) - unsure
+        piece = text[self._given : certain]
+        self._given = max(self._given, certain)
+        if not unsure and not piece:  # a control token; as context it would hide the one before
+            self._window.pop()
+        elif not unsure:
+            self._keep(len(self._window) - self._context, 0)
+        elif len(self._window) == 2 * _MAX_UTF8:
+            self._keep(_MAX_UTF8, unsure)
+        return piece
+
+    def _keep(self, ids: int, unsure: int) -> None:
+        """Forget all but so many ids, whose text is given but for its last `unsure` characters."""
+        self._window = self._window[-ids:]
+        self._context = 0 if unsure else ids
+        self._given = len(self._decode(self._window)) - unsure
 
 
 def render_chat(

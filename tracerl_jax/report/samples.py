@@ -4,9 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tracerl_jax.diffusion.trace import Trace
-
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-MAX_UTF8 = 4  # a character spans at most four byte tokens
+from tracerl_jax.interop.tokenizer import StreamDecoder
 
 
 def sample_row(
@@ -40,16 +38,12 @@ def decode_pieces(tokenizer, ids: Sequence[int]) -> list[str]:
     if tokenizer is None:
         return [f"{i} " for i in ids]
 
-    def decode(part):
-        return tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    # Decode a short window in which the last piece is still context: a piece may depend on its left neighbour.
-    #   ids   . . . [context | new]        text(context + new) = text(context) + piece
-    pieces, context, done = [], 0, 0
-    for i in range(len(ids)):
-        text, before = decode(list(ids[context : i + 1])), decode(list(ids[context:done]))
-        complete = not text.endswith(REPLACEMENT) or i + 1 - done >= MAX_UTF8 or i + 1 == len(ids)
-        pieces.append(text[len(before) :] if complete else "")
-        if complete:
-            context, done = done, i + 1
+    stream = StreamDecoder(tokenizer, _decode_all)
+    pieces = [stream.push([i]) for i in ids]
+    if pieces:
+        pieces[-1] += stream.finish()
     return pieces
+
+
+def _decode_all(tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
