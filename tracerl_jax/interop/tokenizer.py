@@ -124,23 +124,27 @@ class StreamDecoder:
     def _push(self, i: int) -> str:
         self._window.append(i)
         text = self._decode(self._window)
-        unsure = min(len(text) - len(text.rstrip(_REPLACEMENT)), _MAX_UTF8 - 1)
-        certain = len(text) - unsure
-        piece = text[self._given : certain]
-        self._given = max(self._given, certain)
-        if not unsure and not piece:  # a control token; as context it would hide the one before
+        if text.endswith(_REPLACEMENT):
+            return self._give_up() if len(self._window) == 2 * _MAX_UTF8 else ""
+        piece = text[self._given :]
+        if piece:
+            self._window = self._window[self._context :]
+            self._context, self._given = len(self._window), len(self._decode(self._window))
+        else:  # a control token; as context it would hide the one before
             self._window.pop()
-        elif not unsure:
-            self._keep(len(self._window) - self._context, 0)
-        elif len(self._window) == 2 * _MAX_UTF8:
-            self._keep(_MAX_UTF8, unsure)
         return piece
 
-    def _keep(self, ids: int, unsure: int) -> None:
-        """Forget all but so many ids, whose text is given but for its last `unsure` characters."""
-        self._window = self._window[-ids:]
-        self._context = 0 if unsure else ids
-        self._given = len(self._decode(self._window)) - unsure
+    def _give_up(self) -> str:
+        """The text before the ids that may still become a character, which stay."""
+        text = self._decode(self._window)
+        # A cut through the bytes of one character, also of an incomplete one, does not join to the same text.
+        last = len(self._window) - (_MAX_UTF8 - 1)
+        cuts = ((cut, self._decode(self._window[:cut])) for cut in range(last, 0, -1))
+        cut, head = next((c, h) for c, h in cuts if c == 1 or h + self._decode(self._window[c:]) == text)
+        piece = head[self._given :]
+        self._window = self._window[cut:]
+        self._context, self._given = max(self._context - cut, 0), max(self._given - len(head), 0)
+        return piece
 
 
 def render_chat(
