@@ -45,6 +45,7 @@ class Server:
         self.metrics = Metrics()
         self.loop = EngineLoop(engine, config.capacity, self.metrics.step_seconds.observe)
         self.metrics.watch(self.loop, config.slots)
+        self.block_size = config.defaults.block_size or engine.model.config.block_size
         self._created = int(time.time())
         self._stopping = asyncio.Event()  # no new requests
         self._cut = asyncio.Event()  # no old ones either
@@ -88,7 +89,11 @@ class Server:
     # Small answers
 
     async def _page(self, _request: HttpRequest) -> Response:
-        page = files("tracerl_jax.serve").joinpath("page.html").read_text(encoding="utf-8")
+        page, style = (
+            files(f"tracerl_jax.{folder}").joinpath(name).read_text(encoding="utf-8")
+            for folder, name in (("serve", "page.html"), ("report", "page.css"))
+        )
+        page = page.replace("/*STYLE*/", style, 1)
         return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY, "X-Frame-Options": "DENY"})
 
     async def _health(self, _request: HttpRequest) -> Response:
@@ -108,8 +113,7 @@ class Server:
 
     def _card(self) -> dict:
         config = self.config
-        block_size = config.defaults.block_size or self.engine.model.config.block_size
-        return model_card(config.model_name, self._created, config.max_length, block_size)
+        return model_card(config.model_name, self._created, config.max_length, self.block_size)
 
     def _guarded(self, handler: Callable[[HttpRequest], Awaitable[Response]]):
         async def guarded(request: HttpRequest) -> Response:
@@ -177,8 +181,10 @@ class _Respond(Response):
 
     def __init__(self, server: Server, call: Call, samples: list[Sample], started: float):
         self._server, self._call, self._samples, self._started = server, call, samples, started
-        self._answer = Answer(call, server.config.model_name, server.tokenizer)
-        self._completions = [Completion(server.tokenizer, call.stop) for _ in samples]
+        self._answer = Answer(call, server.config.model_name, server.block_size)
+        self._completions = [
+            Completion(server.tokenizer, sample.request.prompt_ids, call.stop, call.logprobs) for sample in samples
+        ]
         self._streaming = False  # the status line is sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -284,11 +290,10 @@ class _Respond(Response):
 
 
 def _join(pieces: list[Piece]) -> Piece:
-    return Piece(
-        "".join(piece.text for piece in pieces), *(
-            [x for piece in pieces for x in getattr(piece, name)] for name in ("ids", "step_map", "logprobs")
-        ), pieces[-1].finish_reason,
-    )  # fmt: skip
+    names = ("ids", "step_map", "logprobs", "tokens")
+    lists = {name: [x for piece in pieces for x in getattr(piece, name)] for name in names}
+    text = "".join(piece.text for piece in pieces)
+    return Piece(text, **lists, position=pieces[0].position, finish_reason=pieces[-1].finish_reason)
 
 
 async def _send_events(send: Send, data: list[dict | str]) -> None:

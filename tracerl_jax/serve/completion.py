@@ -17,6 +17,8 @@ class Piece:
     ids: list[int]
     step_map: list[int]
     logprobs: list[float | None]
+    tokens: list[str]  # the text of each id, control tokens too; empty when not asked for
+    position: int  # of the first id, counted from the beginning of the prompt
     finish_reason: str | None = None  # "stop", "length"; with the last piece
 
 
@@ -27,8 +29,10 @@ class Completion:
     count are those up to the one that completes it.
     """
 
-    def __init__(self, tokenizer, stops: Sequence[str] = ()):
+    def __init__(self, tokenizer, prompt_ids: Sequence[int], stops: Sequence[str] = (), with_tokens: bool = False):
         self._decoder = StreamDecoder(tokenizer)
+        self._token_decoder = StreamDecoder(tokenizer, _decode_all) if with_tokens else None
+        self._prompt_length = len(prompt_ids)
         self._stops = tuple(stops)
         self._held = ""  # text that may be the beginning of a stop string
         self.tokens = 0
@@ -47,11 +51,22 @@ class Completion:
                 rest = self._stopped_at(self._decoder.finish())
                 texts.append(rest if self.finish_reason else rest + self._held)
                 self.finish_reason = self.finish_reason or end
+        position = self._prompt_length + self.tokens
         self.tokens += count
         return Piece(
             "".join(texts), ids[:count].tolist(), step_map[:count].tolist(),
-            [float(x) if np.isfinite(x) else None for x in logprobs[:count]], self.finish_reason,
+            [float(x) if np.isfinite(x) else None for x in logprobs[:count]], self._token_texts(ids[:count]), position,
+            self.finish_reason,
         )  # fmt: skip
+
+    def _token_texts(self, ids: np.ndarray) -> list[str]:
+        """A character of several tokens belongs to the one that completes it."""
+        if self._token_decoder is None:
+            return []
+        texts = [self._token_decoder.push([i]) for i in ids]
+        if self.finish_reason and texts:
+            texts[-1] += self._token_decoder.finish()
+        return texts
 
     def _stopped_at(self, text: str) -> str:
         """The text that is certain after `text` has come: up to a stop string, or without what may begin one."""
@@ -65,6 +80,10 @@ class Completion:
         held = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
+
+
+def _decode_all(tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -1,6 +1,6 @@
 """What Prometheus reads at /metrics."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from tracerl_jax.serve.engine_loop import EngineLoop
 
@@ -11,6 +11,7 @@ class Metrics:
     """Counters and histograms of one server."""
 
     def __init__(self):
+        disable_created_metrics()
         self.registry = CollectorRegistry()
         common = {"registry": self.registry, "namespace": "tracerl"}
         # Status of a request whose client left: 499, as nginx writes it.

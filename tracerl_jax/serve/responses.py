@@ -1,7 +1,8 @@
 """What a client reads: completions as the dicts of OpenAI's API. Pure functions.
 
 Beyond OpenAI: `seed` of the answer (the one drawn, when the request gave none), and with return_step_map, per choice
-or chunk, `token_ids` and `step_map`, the denoise step at which each was revealed.
+or chunk, `token_ids`, `step_map` (the denoise step at which each was revealed), `position` of the first of them and
+`block_size`: block g is positions [g B, (g + 1) B), counted from the beginning of the prompt.
 """
 
 import json
@@ -10,7 +11,6 @@ import time
 from collections.abc import Sequence
 from itertools import accumulate
 
-from tracerl_jax.report.samples import decode_pieces
 from tracerl_jax.serve.completion import Piece
 from tracerl_jax.serve.protocol import Call
 
@@ -21,8 +21,9 @@ OBJECTS = {"chat": "chat.completion", "completions": "text_completion"}
 class Answer:
     """The dicts of one answer, which share its id, time, model and seed."""
 
-    def __init__(self, call: Call, model_name: str, tokenizer):
-        self._call, self._tokenizer = call, tokenizer
+    def __init__(self, call: Call, model_name: str, model_block_size: int):
+        self._call = call
+        self._block_size = call.options[0].block_size or model_block_size
         self._head = {
             "id": f"{PREFIXES[call.kind]}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model_name,
             "seed": call.options[0].seed,
@@ -65,11 +66,14 @@ class Answer:
         if self._call.logprobs:
             choice["logprobs"] = self._logprobs(piece, offset)
         if self._call.return_step_map:
-            choice |= {"token_ids": piece.ids, "step_map": piece.step_map}
+            choice |= {
+                "token_ids": piece.ids, "step_map": piece.step_map, "position": piece.position,
+                "block_size": self._block_size,
+            }  # fmt: skip
         return choice
 
     def _logprobs(self, piece: Piece, offset: int) -> dict:
-        tokens = decode_pieces(self._tokenizer, piece.ids)
+        tokens = piece.tokens
         if self._call.kind == "chat":
             content = [
                 {"token": token, "logprob": logprob, "bytes": list(token.encode()), "top_logprobs": []}
