@@ -39,7 +39,7 @@ def test_messages_in_every_form_become_the_template(parse, tokenizer):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [{"role": "developer", "content": "s"}, {"role": "user", "content": parts, "name": "me"}]
     text = tokenizer.decode(parse("chat", messages=messages).prompts[0])
-    assert text == "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n"
+    assert text == "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant"
 
 
 @pytest.mark.parametrize(("prompt", "count"), [("ab", 1), ([1, 2], 1), (["ab", "c"], 2), ([[1], [2, 3]], 2)])

@@ -47,7 +47,6 @@ class Sample:
         # Of the engine thread:
         self.number: int | None = None
         self.given = 0  # ids
-        self.failures = 0
 
 
 class EngineLoop:
@@ -164,17 +163,15 @@ class EngineLoop:
         self._tell(news)
 
     def _after_failure(self) -> None:
-        """What was waiting is untouched, and waits again, once; what was in a slot is lost."""
+        """What was in a slot is lost; what was waiting is untouched, and waits again. Every failure ends at least one
+        request, so that one which always fails cannot be tried for ever."""
         before, self._running = self._running, {}
-        lost = []
-        for number in sorted(before):
-            sample = before[number]
-            sample.failures += 1
-            if self.engine.cancel(number) and sample.failures == 1:
+        waiting = [before[number] for number in sorted(before) if self.engine.cancel(number)]
+        lost = [sample for sample in before.values() if sample not in waiting] or waiting[:1]
+        for sample in waiting:
+            if sample not in lost:
                 self._submit(sample)
-            else:
-                lost.append((sample, engine_failed(), True))
-        self._tell(lost)
+        self._tell([(sample, engine_failed(), True) for sample in lost])
 
     def _tell(self, news: list[tuple[Sample, Grown | ApiError | None, bool]]) -> None:
         """(sample, event, whether it is the last) to the event loop, all in one call."""
