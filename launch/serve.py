@@ -111,12 +111,12 @@ def run(args: argparse.Namespace) -> int:
     def ready() -> None:
         host, port = bound.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        print(f"serving {config.model_name} at http://{shown}:{port} (API at /v1)", flush=True)
         if config.api_key is None and not (host.startswith("127.") or host == "::1"):
             logger.warning(
                 "WARNING: %s is open to other machines and no API key is set: anybody can use this server. "
                 "Set --api_key or %s, or leave --host at 127.0.0.1", shown, KEY_VARIABLE,
             )  # fmt: skip
+        print(f"serving {config.model_name} at http://{shown}:{port} (API at /v1)", flush=True)
 
     return serve(lambda: Server(engine, tokenizer, config), bound, ready)
 

@@ -25,6 +25,8 @@ class _Uvicorn(uvicorn.Server):
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 is any that is free. Raises ConfigError when the address cannot be had."""
+    if not 0 <= port < 2**16:
+        raise ConfigError(f"port is {port}; it must be from 0 to {2**16 - 1}")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.create_server(address, family=family, backlog=2048)
