@@ -16,6 +16,8 @@ COMPILERS = [
     )
 ]
 
+SERVER = ["starlette>=0.46", "uvicorn>=0.34", "prometheus-client>=0.21"]
+
 # A top-level package called `kernels` would hide the Hugging Face package of that name from transformers and pip. So
 # these folders have no __init__.py of their own (a plain folder never hides an installed package), and a wheel carries
 # them as tracerl_jax.kernels etc.
@@ -33,7 +35,7 @@ setup(
     license_files=["LICENSE"],
     packages=packages,
     package_dir={f"tracerl_jax.{folder}": folder for folder in NESTED},
-    package_data={"tracerl_jax.report": ["*.html", "*.css", "*.js"]},
+    package_data={f"tracerl_jax.{folder}": ["*.html", "*.css", "*.js"] for folder in ("report", "serve")},
     python_requires=">=3.11",
     # Plain jax: the accelerator is the user's choice (extras below), and lower bounds only.
     install_requires=[
@@ -54,14 +56,14 @@ setup(
         # CUDA 13 is what jax recommends, and its ptxas has no part in the CUDA 12.8-12.9.1 miscompilation for which jax
         # refuses some kernels. It needs NVIDIA driver 580; with an older one: pip install "jax[cuda12]".
         "cuda": ["jax[cuda13]"],
-        "serve": ["starlette>=0.40", "uvicorn>=0.30"],
+        "serve": SERVER,
         "eval": ["math-verify[antlr4_13_2]>=0.8"],
         "wandb": ["wandb>=0.19"],
         "tensorboard": ["tensorboardX>=2.6"],
         "plan": COMPILERS,
         # setuptools builds the wheels of tests/packaging without a network.
         "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "scipy>=1.14", "ruff>=0.9", "setuptools>=70.1"]
-        + COMPILERS,
+        + ["openai>=2", "httpx>=0.28"] + SERVER + COMPILERS,
     },
     entry_points={"console_scripts": ["tracerl=tracerl_jax.launch.cli:main"]},
     classifiers=[

@@ -27,6 +27,7 @@ COMMANDS = {
     "rl": "supervised warm-up and TraceRL: a model folder in, a better one out",
     "sft": "supervised fine-tuning with block-diffusion masks",
     "generate": "complete prompts and record their decoding traces",
+    "serve": "a model behind OpenAI's HTTP API, streaming block by block",
     "score": "log-probs of recorded traces under a model",
     "eval": "accuracy and tokens per step of a model on a task",
     "convert": "Hugging Face folder to Orbax checkpoint and back",

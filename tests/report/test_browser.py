@@ -3,30 +3,18 @@
 import html
 import json
 import re
-import shutil
 import struct
-import subprocess
 
 import numpy as np
 import pytest
+from browser_utils import browse, needs_chromium
 from synthetic import CharTokenizer, random_trace, write_run
 
 from tracerl_jax.report.page import build_page, write_page
 from tracerl_jax.report.run_dir import RunDir
 from tracerl_jax.report.trace_page import trace_page
 
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on PATH (Debian: apt-get install chromium)")
-
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update",
-)  # fmt: skip
-
-
-def browse(tmp_path, *arguments: str) -> str:
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+pytestmark = needs_chromium
 
 
 def dump(tmp_path, path, fragment: str = "") -> str:

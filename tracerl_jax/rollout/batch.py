@@ -85,6 +85,14 @@ class Needs(NamedTuple):
         return cls(*map(any, zip(cls(), *(entry.needs for entry in entries), strict=True)))
 
 
+class Blocks(NamedTuple):
+    """Finished blocks of a request that is still running."""
+
+    ids: np.ndarray  # [r] int32
+    step_map: np.ndarray  # [r] int32, as in a Trace
+    logprobs: np.ndarray  # [r] f32
+
+
 @dataclass(frozen=True)
 class Shape:
     """What the programs of a batch are compiled for."""
@@ -349,13 +357,23 @@ class Batch:
 
     def partial(self) -> dict[int, np.ndarray]:
         """Ids [r] of the finished blocks of every running request, by number."""
+        return {number: ids for number, (ids,) in self._finished_blocks("canvas").items()}
+
+    def blocks(self) -> dict[int, Blocks]:
+        """Like `partial`, with the denoise step and the log-prob of every id."""
+        rows = self._finished_blocks("canvas", "step_map", "logprobs")
+        return {number: Blocks(*row) for number, row in rows.items()}
+
+    def _finished_blocks(self, *names: str) -> dict[int, list[np.ndarray]]:
+        """Of these arrays of the state, the part [r] of every running request that is finished, by number."""
         if self._state is None or not self.running:
             return {}
-        canvas, start = jax.device_get((self._state.canvas, self._state.start))
+        start, *arrays = jax.device_get([getattr(self._state, name) for name in ("start", *names)])
         found = {}
         for n, entry in enumerate(self.entries):
             if entry is not None:
-                found[entry.number] = canvas[n, len(entry.prompt_ids) : min(int(start[n]), entry.limit)].copy()
+                response = slice(len(entry.prompt_ids), min(int(start[n]), entry.limit))
+                found[entry.number] = [array[n, response].copy() for array in arrays]
         return found
 
     def _release(self, n: int) -> Entry:

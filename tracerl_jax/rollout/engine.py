@@ -30,7 +30,7 @@ from tracerl_jax.diffusion.sampling import banned_ids
 from tracerl_jax.diffusion.trace import Trace
 from tracerl_jax.errors import ConfigError, DataError
 from tracerl_jax.models.decoder import Model
-from tracerl_jax.rollout.batch import Batch, Entry, batch_for
+from tracerl_jax.rollout.batch import Batch, Blocks, Entry, batch_for
 from tracerl_jax.rollout.decode import State
 from tracerl_jax.rollout.options import EngineConfig, Request, SamplingOptions
 from tracerl_jax.rollout.weights import rollout_params
@@ -169,6 +169,15 @@ class Engine:
     def partial(self) -> dict[int, np.ndarray]:
         """Ids [r] of the finished blocks of every running request, by number."""
         return {} if self._batch is None else self._batch.partial()
+
+    def blocks(self) -> dict[int, Blocks]:
+        """Like `partial`, with the denoise step and the log-prob of every id."""
+        return {} if self._batch is None else self._batch.blocks()
+
+    @property
+    def running(self) -> int:
+        """Requests in slots."""
+        return 0 if self._batch is None else self._batch.running
 
     def memory_bytes(self, requests: Iterable[Request] = ()) -> dict[str, int]:
         """What the engine keeps on all devices together besides the weights: {"cache", "state"}.
