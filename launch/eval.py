@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--seed", type=int, default=0, help="of dynamic (default: %(default)s)")
     flag("--slots", type=int, default=64, help="sequences decoded together (default: %(default)s)")
     flag("--commit", choices=COMMITS, default="auto", help="of finished blocks (default: %(default)s)")
+    flag("--drafts", type=int, default=1, help="steps guessed and verified by a forward (default: %(default)s)")
     flag("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and compute")
     flag("--on_bad_row", choices=("fail", "skip"), default="fail", help="unusable rows (default: %(default)s)")
     flag("--output", metavar="OUT.json", help='{"dynamic": {"accuracy": .., "tokens_per_step": .., "n": ..}, ..}')
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         args.model, mesh=make_mesh(), dtype=args.dtype, overrides={"dtype": args.dtype}
     )
     valid = valid_vocab(tokenizer, model.config.vocab_size)
-    engine = Engine(model, params, EngineConfig(args.slots, commit=args.commit, valid_vocab=valid))
+    engine = Engine(model, params, EngineConfig(args.slots, commit=args.commit, drafts=args.drafts, valid_vocab=valid))
 
     results, records = {}, []
     for name, options in strategies.items():

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--raw", action="store_true", help="tokenize the prompt as it is, without the chat template")
     flag("--slots", type=int, default=64, help="sequences decoded together (default: %(default)s)")
     flag("--commit", choices=COMMITS, default="auto", help="of finished blocks (default: %(default)s)")
+    flag("--drafts", type=int, default=1, help="steps guessed and verified by a forward (default: %(default)s)")
     flag("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and compute")
     flag("--on_bad_row", choices=("fail", "skip"), default="fail", help="unusable rows (default: %(default)s)")
 
@@ -125,7 +126,8 @@ def _engine(args: argparse.Namespace):
 
     model = Model(read_model_config(args.model, dtype=args.dtype, param_dtype=args.dtype), mesh=make_mesh())
     tokenizer = load_tokenizer(args.model)
-    config = EngineConfig(args.slots, commit=args.commit, valid_vocab=valid_vocab(tokenizer, model.config.vocab_size))
+    valid = valid_vocab(tokenizer, model.config.vocab_size)
+    config = EngineConfig(args.slots, commit=args.commit, drafts=args.drafts, valid_vocab=valid)
     if args.prompt is not None:
         if tokenizer is None:
             raise ConfigError(

@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
          help="until new blocks are sent and slots refilled: fewer is prompter (default: %(default)s)")  # fmt: skip
     flag("--kv_dtype", choices=KV_DTYPES, default="compute", help="of the cache (default: %(default)s)")
     flag("--commit", choices=COMMITS, default="auto", help="of finished blocks (default: %(default)s)")
+    flag("--drafts", type=int, default=1, help="steps guessed and verified by a forward (default: %(default)s)")
     flag("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and compute")
     flag("--block_sizes", type=int, nargs="+", metavar="B",
          help=f"that requests may ask for (default: the model's and {BLOCK_SIZES})")  # fmt: skip
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     bound = bind(args.host, args.port)
     model, params = load_hf(args.model, mesh=make_mesh(), dtype=args.dtype, overrides={"dtype": args.dtype})
     engine = Engine(model, params, EngineConfig(
-        args.slots, config.max_length, args.commit, args.forwards_per_chunk, args.page_size, args.pages,
+        args.slots, config.max_length, args.commit, args.drafts, args.forwards_per_chunk, args.page_size, args.pages,
         kv_dtype=args.kv_dtype, valid_vocab=valid_vocab(tokenizer, model.config.vocab_size),
     ))  # fmt: skip
     del params

@@ -3,6 +3,7 @@
 import itertools
 import resource
 
+import jax
 import numpy as np
 import pytest
 from engine_utils import assert_same, compilations
@@ -10,6 +11,8 @@ from golden_utils import load_golden
 
 from tracerl_jax.errors import ConfigError, DataError
 from tracerl_jax.models import Model
+from tracerl_jax.parallel.mesh import make_mesh
+from tracerl_jax.parallel.sharding import param_shardings
 from tracerl_jax.rollout import batch
 from tracerl_jax.rollout.engine import Engine, EngineConfig, Request, SamplingOptions
 
@@ -218,6 +221,23 @@ def test_nothing_is_compiled_once_it_is_warm():
     list(engine.generate(REQUESTS))
     with compilations() as names:
         list(engine.generate(draw_requests(24, 5)))
+    assert names == []
+
+
+@pytest.mark.parametrize("config", [{"commit": "separate"}, {"commit": "fused", "drafts": 2}], ids=str)
+def test_a_mesh_changes_nothing_and_compiles_nothing_twice(config, monkeypatch, expected):
+    """Prompts behind cached prefixes, page copies, slots that go on alone: two slots on each of four shards."""
+    monkeypatch.setitem(batch.FREE_TOKENS, "cpu", 1)
+    model = Model(GOLDEN.config, mesh=make_mesh(data=2, fsdp=2, tensor=2))
+    params = jax.device_put(GOLDEN.params, param_shardings(model, model.mesh))
+    engine = Engine(model, params, EngineConfig(8, page_size=8, **FIXED, **config))
+    for _ in range(2):
+        for trace, want in zip(engine.generate(REQUESTS), expected, strict=True):
+            assert_same(trace, want, atol=1e-4)
+    engine.update_params(jax.tree.map(lambda x: x + 0, params))
+    with compilations() as names:
+        for trace, want in zip(engine.generate(REQUESTS), expected, strict=True):
+            assert_same(trace, want, atol=1e-4)
     assert names == []
 
 
