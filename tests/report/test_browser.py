@@ -105,7 +105,8 @@ def traces_page():
 
 
 SIDE_BY_SIDE = """<script>
-const out = {}, $ = (selector) => document.querySelector(selector), all = (selector) => [...document.querySelectorAll(selector)];
+const out = {}, $ = (selector) => document.querySelector(selector);
+const all = (selector) => [...document.querySelectorAll(selector)];
 const press = (key) => document.body.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
 const panes = () => all(".panes h3").map((head) => head.firstChild.textContent);
 const boxes = () => all(".rows input").map((box) => box.checked);

@@ -125,7 +125,8 @@ def test_a_prompt_is_completed_on_the_terminal(tmp_path, folder_with_tokenizer, 
     assert f"30 tokens, {want['denoise_forwards']} denoise steps" in shown.err and " forwards, " in shown.err
     (row,) = read_rows(tmp_path / "prompt.jsonl")
     assert {"line", *row} == set(want)
-    assert [row[name] for name in ("prompt", "ids", "step_map")] == [want[name] for name in ("prompt", "ids", "step_map")]
+    for name in ("prompt", "ids", "step_map"):
+        assert row[name] == want[name]
 
 
 def test_samples_of_a_prompt_are_shown_one_after_the_other(tmp_path, folder_with_tokenizer, capsys):
