@@ -22,6 +22,9 @@ CONFIG = {
 class CharTokenizer:
     """One id per character."""
 
+    def __len__(self) -> int:
+        return 0x110000
+
     def decode(self, ids, **kwargs) -> str:
         return "".join(map(chr, ids))
 

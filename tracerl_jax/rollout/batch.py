@@ -355,25 +355,17 @@ class Batch:
             sizes.append(-(-sizes[-1] // 2))
         return sizes
 
-    def partial(self) -> dict[int, np.ndarray]:
-        """Ids [r] of the finished blocks of every running request, by number."""
-        return {number: ids for number, (ids,) in self._finished_blocks("canvas").items()}
-
     def blocks(self) -> dict[int, Blocks]:
-        """Like `partial`, with the denoise step and the log-prob of every id."""
-        rows = self._finished_blocks("canvas", "step_map", "logprobs")
-        return {number: Blocks(*row) for number, row in rows.items()}
-
-    def _finished_blocks(self, *names: str) -> dict[int, list[np.ndarray]]:
-        """Of these arrays of the state, the part [r] of every running request that is finished, by number."""
+        """The finished blocks of every running request, by number."""
         if self._state is None or not self.running:
             return {}
-        start, *arrays = jax.device_get([getattr(self._state, name) for name in ("start", *names)])
+        state = self._state
+        start, *arrays = jax.device_get((state.start, state.canvas, state.step_map, state.logprobs))
         found = {}
         for n, entry in enumerate(self.entries):
             if entry is not None:
                 response = slice(len(entry.prompt_ids), min(int(start[n]), entry.limit))
-                found[entry.number] = [array[n, response].copy() for array in arrays]
+                found[entry.number] = Blocks(*(array[n, response].copy() for array in arrays))
         return found
 
     def _release(self, n: int) -> Entry:

@@ -166,12 +166,8 @@ class Engine:
             self._batch = batch_for(self.model, self.config, self._banned, self._waiting, present)
             self._reshape = False
 
-    def partial(self) -> dict[int, np.ndarray]:
-        """Ids [r] of the finished blocks of every running request, by number."""
-        return {} if self._batch is None else self._batch.partial()
-
     def blocks(self) -> dict[int, Blocks]:
-        """Like `partial`, with the denoise step and the log-prob of every id."""
+        """The finished blocks of every running request, by number: ids, denoise steps and log-probs."""
         return {} if self._batch is None else self._batch.blocks()
 
     @property

@@ -27,8 +27,8 @@ def stream(engine: Engine, requests: Sequence[Request]) -> Iterator[Piece]:
             for number, trace in engine.step().items():
                 if (index := running.pop(number, None)) is not None:
                     yield Piece(index, trace.ids[given[index] :], trace)
-            for number, ids in engine.partial().items():
-                index = running.get(number)
+            for number, blocks in engine.blocks().items():
+                index, ids = running.get(number), blocks.ids
                 if index is not None and len(ids) > given[index]:
                     piece = ids[given[index] :]
                     given[index] = len(ids)
