@@ -45,6 +45,7 @@ setup(
         "orbax-checkpoint>=0.12",
         "transformers>=5",
         "datasets>=4", "jinja2>=3.1",
+        "math-verify>=0.8",
         "ml-collections>=1.0",
         "safetensors>=0.5",
         "absl-py>=2",
@@ -57,7 +58,6 @@ setup(
         # refuses some kernels. It needs NVIDIA driver 580; with an older one: pip install "jax[cuda12]".
         "cuda": ["jax[cuda13]"],
         "serve": SERVER,
-        "eval": ["math-verify[antlr4_13_2]>=0.8"],
         "wandb": ["wandb>=0.19"],
         "tensorboard": ["tensorboardX>=2.6"],
         "plan": COMPILERS,

@@ -17,7 +17,7 @@ def get_config():
             "task": {"name": "gsm8k", "path": "gsm8k_train.jsonl", "eval_path": "gsm8k_test.jsonl",
                      "max_prompt_tokens": 256, "on_bad_row": "skip", "train_limit": 200,
                      # A random model is never right; this reward varies all the same, so that updates happen.
-                     "rewards": {"boxed_math": 1.0, "ascii_share": 1.0}},
+                     "rewards": {"math": 1.0, "ascii_share": 1.0}},
             "sft": {"steps": 5, "sequences_per_update": 8, "row_length": 1024, "rows_per_device": 2,
                     "max_response_tokens": 400, "log_every": 1, "optimizer": {"learning_rate": 1e-3}},
             # A random model does not stop by itself, so a cut answer keeps its reward.

@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from tracerl_jax.interop.hf_load import load_hf
     from tracerl_jax.interop.tokenizer import decode, load_tokenizer, valid_vocab
     from tracerl_jax.parallel.mesh import make_mesh
+    from tracerl_jax.rewards import start_rewards
     from tracerl_jax.rollout.engine import Engine, EngineConfig
 
     _require_positive(args, "limit", "samples", "max_tokens", "max_prompt_tokens", "slots")
@@ -81,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         args.task, eval_path=args.path, template=args.template, eval_limit=args.limit, on_bad_row=args.on_bad_row,
         options=_parse_options(args.options),
     )  # fmt: skip
+    start_rewards({task.accuracy_reward, *task.rewards})
     tokenizer = load_tokenizer(args.model)
     if tokenizer is None:
         raise ConfigError(f"{args.model}: has no tokenizer, which evaluation needs; put its files into the folder")

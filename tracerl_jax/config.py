@@ -95,6 +95,32 @@ class TaskSection:
 
 
 @dataclass(frozen=True)
+class RewardSection:
+    workers: int | None = _doc(None, "processes that grade answers, default: the CPUs there are, at most 16")
+    answer_patterns: tuple[str, ...] = _doc(
+        (), "regular expressions, one group each, of a final answer without \\boxed{}; default: see docs/rewards.md"
+    )
+    math_cpu_seconds: float = _doc(2.0, "CPU time that the algebra of one answer may take")
+    sandbox: Literal["strict", "best_effort", "container-hook"] = _doc(
+        "strict", "how programs run: only fully isolated, with what this machine can do, or by `container_command`"
+    )
+    container_command: str = _doc("", "what runs a Python program in a container, its standard input and output kept")
+    code_memory_mb: int = _doc(1024, "address space of a program under test")
+    code_wall_seconds: float = _doc(2.0, "waiting time a test may add to the CPU time of its task")
+    own_equality: bool = _doc(False, "believe objects of the program under test that say they equal a test's value")
+
+    def __post_init__(self):
+        _require_positive(self, "reward", "workers")
+        _require(self.code_memory_mb >= 64, f"reward.code_memory_mb is {self.code_memory_mb}, must be at least 64")
+        for name in ("math_cpu_seconds", "code_wall_seconds"):
+            _require(getattr(self, name) > 0, f"reward.{name} is {getattr(self, name)}, must be above 0")
+        _require(
+            bool(self.container_command) == (self.sandbox == "container-hook"),
+            "reward.sandbox=container-hook and reward.container_command belong together: set both or neither",
+        )
+
+
+@dataclass(frozen=True)
 class SFTSection:
     steps: int = _doc(0, "updates of supervised warm-up before RL; 0: none")
     method: Literal["semi_ar", "trace"] = _doc("semi_ar", "random masks inside blocks, or replay of a decoding order")
@@ -276,6 +302,7 @@ class RunConfig:
     model: ModelSection = _doc(ModelSection(), "where the weights come from")
     mesh: MeshSection = _doc(MeshSection(), "device mesh")
     task: TaskSection = _doc(TaskSection(), "problems and rewards")
+    reward: RewardSection = _doc(RewardSection(), "how answers and programs are graded")
     sft: SFTSection = _doc(SFTSection(), "supervised warm-up")
     rollout: RolloutSection = _doc(RolloutSection(), "decoding during RL")
     rl: RLSection = _doc(RLSection(), "objective and update")

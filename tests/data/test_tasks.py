@@ -27,7 +27,7 @@ def test_arithmetic():
 def test_gsm8k_rows_end_in_the_boxed_answer():
     task = load_task("gsm8k", path=GSM8K, eval_path=GSM8K, train_limit=3)
     assert (len(task.train), len(task.test)) == (3, 20)
-    assert (task.rewards, task.accuracy_reward, task.template) == ({"boxed_math": 1.0}, "boxed_math", "chat")
+    assert (task.rewards, task.accuracy_reward, task.template) == ({"math": 1.0}, "math", "chat")
     row = task.train[0]
     assert row["question"].startswith("Natalia sold clips")
     assert row["response"].endswith("altogether in April and May.\nThe answer is $\\boxed{72}$.")
@@ -58,7 +58,7 @@ def test_overrides(tmp_path):
     with pytest.raises(DataError, match=r"any.jsonl:1: missing field 'ground_truth_answer' or 'response'"):
         load_task("jsonl", path=path)
     task = load_task("gsm8k", path=GSM8K, rewards={"exact_match": 0.5}, template="math")
-    assert (task.rewards, task.accuracy_reward, task.template) == ({"exact_match": 0.5}, "boxed_math", "math")
+    assert (task.rewards, task.accuracy_reward, task.template) == ({"exact_match": 0.5}, "math", "math")
     task = load_task("jsonl", path=path, rewards={"exact_match": 2.0}, template="Q: {question}")
     assert (task.rewards, task.accuracy_reward, task.template) == ({"exact_match": 2.0}, "exact_match", "Q: {question}")
 

@@ -83,15 +83,15 @@ def test_extraction(text, answer):
 
 def test_reward():
     texts = ["\\boxed{18}", "\\boxed{19}", "18", "", "\\boxed{\\frac{36}{2}}"]
-    boxed_math = get_reward("boxed_math")
-    assert boxed_math([""] * 5, texts, ground_truth_answer=["18"] * 5) == [1.0, 0.0, 0.0, 0.0, 1.0]
-    assert boxed_math([""] * 2, texts[:2], ground_truth_answer=[18, 18.5]) == [1.0, 0.0]
+    math = get_reward("math")
+    assert math([""] * 5, texts, ground_truth_answer=["18"] * 5) == [1.0, 0.0, 0.0, 0.0, 1.0]
+    assert math([""] * 2, texts[:2], ground_truth_answer=[18, 18.5]) == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("gold", [None, "", "  ", True, ["18"], {"a": 1}, "9" * (MAX_ANSWER + 1)])
 def test_no_verdict_without_a_usable_reference(gold):
-    assert get_reward("boxed_math")(["p"], ["\\boxed{18}"], ground_truth_answer=[gold]) == [None]
-    assert get_reward("boxed_math")(["p"], ["\\boxed{18}"], question=["q"]) == [None]
+    assert get_reward("math")(["p"], ["\\boxed{18}"], ground_truth_answer=[gold]) == [None]
+    assert get_reward("math")(["p"], ["\\boxed{18}"], question=["q"]) == [None]
 
 
 HOSTILE = [
@@ -125,5 +125,5 @@ HOSTILE = [
 @pytest.mark.parametrize("gold", ["7", "(1,2)", "\\{1,2\\}"])
 def test_hostile_completions_are_wrong_quickly(text, gold):
     start = time.process_time()
-    assert get_reward("boxed_math")(["p"], [text], ground_truth_answer=[gold]) == [0.0]
+    assert get_reward("math")(["p"], [text], ground_truth_answer=[gold]) == [0.0]
     assert time.process_time() - start < 1.0

@@ -17,9 +17,9 @@ def define(monkeypatch):
 
 
 def test_unknown_and_taken_names(define):
-    with pytest.raises(ConfigError, match=r"unknown reward 'boxed_maths'; did you mean 'boxed_math'\?"):
-        get_reward("boxed_maths")
-    with pytest.raises(ConfigError, match="unknown reward 'zzz'; registered: ascii_share, boxed_math, exact_match"):
+    with pytest.raises(ConfigError, match=r"unknown reward 'maths'; did you mean 'math'\?"):
+        get_reward("maths")
+    with pytest.raises(ConfigError, match="unknown reward 'zzz'; registered: ascii_share, math, exact_match"):
         score({"zzz": 1.0}, ["p"], ["c"], [{}])
     with pytest.raises(ConfigError, match="already registered"):
         define("exact_match", lambda prompts, completions, **columns: [])

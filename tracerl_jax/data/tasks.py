@@ -7,10 +7,10 @@ training), plus any columns of its own, which reach the reward functions. Rows r
 | task         | rows                                          | template | rewards     |
 |--------------|-----------------------------------------------|----------|-------------|
 | arithmetic   | procedural (data/arithmetic.py), see `options`| plain    | exact_match |
-| gsm8k        | file; response = solution + boxed answer      | chat     | boxed_math  |
-| math         | file                                          | chat     | boxed_math  |
-| math500      | file                                          | chat     | boxed_math  |
-| jsonl        | any file; an answer or a response in each row | plain    | boxed_math  |
+| gsm8k        | file; response = solution + boxed answer      | chat     | math        |
+| math         | file                                          | chat     | math        |
+| math500      | file                                          | chat     | math        |
+| jsonl        | any file; an answer or a response in each row | plain    | math        |
 """
 
 import dataclasses
@@ -63,10 +63,10 @@ class _FileTask:
 
 
 _FILE_TASKS = {
-    "gsm8k": _FileTask("chat", "boxed_math", answer_required=True, boxed_solution=True),
-    "math": _FileTask("chat", "boxed_math", answer_required=True, boxed_solution=True),
-    "math500": _FileTask("chat", "boxed_math", answer_required=True, boxed_solution=True),
-    "jsonl": _FileTask("plain", "boxed_math", answer_required=False, boxed_solution=False),
+    "gsm8k": _FileTask("chat", "math", answer_required=True, boxed_solution=True),
+    "math": _FileTask("chat", "math", answer_required=True, boxed_solution=True),
+    "math500": _FileTask("chat", "math", answer_required=True, boxed_solution=True),
+    "jsonl": _FileTask("plain", "math", answer_required=False, boxed_solution=False),
 }
 TASKS = ("arithmetic", *_FILE_TASKS)
 

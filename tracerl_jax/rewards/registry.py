@@ -13,7 +13,7 @@ No verdict is not a wrong answer: such samples are masked out of the update and 
 import difflib
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,14 +25,22 @@ logger = logging.getLogger(__name__)
 RewardFunction = Callable[..., Sequence[float | None]]
 
 _REWARDS: dict[str, RewardFunction] = {}
+_STARTS: dict[str, Callable[[], None]] = {}
 
 
-def register_reward(name: str) -> Callable[[RewardFunction], RewardFunction]:
-    """Decorator that makes a reward function known under `name`. Raises `ConfigError` when the name is taken."""
+def register_reward(
+    name: str, *, start: Callable[[], None] | None = None
+) -> Callable[[RewardFunction], RewardFunction]:
+    """Decorator that makes a reward function known under `name`. Raises `ConfigError` when the name is taken.
+
+    `start` is called by `start_rewards`: it gets ready what the function needs, and raises `ConfigError` when it cannot.
+    """
 
     def register(function: RewardFunction) -> RewardFunction:
         if _REWARDS.setdefault(name, function) is not function:
             raise ConfigError(f"reward {name!r} is already registered; choose another name")
+        if start is not None:
+            _STARTS[name] = start
         return function
 
     return register
@@ -45,6 +53,14 @@ def get_reward(name: str) -> RewardFunction:
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ConfigError(f"unknown reward {name!r}; {hint}registered: {', '.join(sorted(_REWARDS))}")
     return _REWARDS[name]
+
+
+def start_rewards(names: Iterable[str]) -> None:
+    """Gets these rewards ready (worker processes, self-tests). Raises `ConfigError` for one that cannot work here."""
+    for name in names:
+        get_reward(name)
+        if name in _STARTS:
+            _STARTS[name]()
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from tracerl_jax.config import RunConfig
 from tracerl_jax.data.char_tokenizer import build_char_tokenizer
 from tracerl_jax.data.prompts import Problem, encode_prompts
 from tracerl_jax.data.tasks import Task, load_task
+from tracerl_jax.rewards import settings, start_rewards
 from tracerl_jax.diffusion.grid import round_up
 from tracerl_jax.diffusion.trace import Trace
 from tracerl_jax.errors import ConfigError
@@ -136,7 +137,7 @@ class Run:
 
     def _load_task(self) -> Task:
         section = self.config.task
-        return load_task(
+        task = load_task(
             section.name,
             path=section.path,
             eval_path=section.eval_path,
@@ -147,6 +148,9 @@ class Run:
             options=section.options,
             on_bad_row=section.on_bad_row,
         )
+        settings.configure(self.config.reward)
+        start_rewards({task.accuracy_reward, *task.rewards})
+        return task
 
     def _problems(self, rows: list[dict]) -> list[Problem]:
         """Rows of the task as prompts, by the task's template and limits."""
