@@ -17,8 +17,8 @@ override the flags: strategy, threshold, entropy_bound, denoising_steps, block_s
 top_p, seed, ignore_eos, confidence, stop_ids. A field that looks like one of them misspelt is refused.
 
 Output rows, in input order: all columns of the input row, its line, ids, text (null when the folder has no tokenizer),
-step_map (denoise step of every token), logprobs, denoise_forwards, forwards (those and commits), stop_reason, and what
-`tracerl score` needs to replay them.
+step_map (denoise step of every token), logprobs, denoise_forwards (denoise steps), forwards (those, less what drafts
+save, and commits), stop_reason, and what `tracerl score` needs to replay them.
 
 A completion depends on its prompt, options, seed and sample index, not on the batch."""
 
