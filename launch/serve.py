@@ -85,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     from tracerl_jax.interop.hf_config import read_model_config
     from tracerl_jax.interop.hf_load import load_hf
     from tracerl_jax.interop.tokenizer import load_tokenizer, valid_vocab
+    from tracerl_jax.launch.common import describe_memory
+    from tracerl_jax.models import Model
     from tracerl_jax.parallel.mesh import make_mesh
     from tracerl_jax.rollout.engine import Engine, EngineConfig
 
@@ -97,15 +99,19 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.model)
     if tokenizer is None:
         raise ConfigError(f"{args.model}: has no tokenizer, which serving needs; put its files into the folder")
-    config = _config(args, read_model_config(args.model))  # names a bad flag before the weights are read
-    bound = bind(args.host, args.port)
-    model, params = load_hf(args.model, mesh=make_mesh(), dtype=args.dtype, overrides={"dtype": args.dtype})
-    engine = Engine(model, params, EngineConfig(
-        args.slots, config.max_length, args.commit, args.drafts, args.forwards_per_chunk, args.page_size, args.pages,
+    model = Model(read_model_config(args.model, dtype=args.dtype, param_dtype=args.dtype), mesh=make_mesh())
+    config = _config(args, model.config)  # names a bad flag, as what follows does, before the weights are read
+    engine = Engine(model, None, EngineConfig(
+        slots=args.slots, max_length=config.max_length, commit=args.commit, drafts=args.drafts,
+        forwards_per_chunk=args.forwards_per_chunk, page_size=args.page_size, pages=args.pages,
         kv_dtype=args.kv_dtype, valid_vocab=valid_vocab(tokenizer, model.config.vocab_size),
     ))  # fmt: skip
-    del params
-    _describe(engine, config)
+    bound = bind(args.host, args.port)
+    logger.info(
+        "%s: %s, for %d slots of %d tokens", config.model_name, describe_memory(model, engine.memory_bytes()),
+        config.slots, config.max_length,
+    )  # fmt: skip
+    engine.update_params(load_hf(args.model, mesh=model.mesh, dtype=args.dtype)[1])
     if not args.no_warm_up:
         _warm_up(engine, config)
 
@@ -145,18 +151,6 @@ def _config(args: argparse.Namespace, model):
         "max_length": max_length, "defaults": defaults, "api_key": args.api_key or os.environ.get(KEY_VARIABLE) or None,
     }  # fmt: skip
     return ServeConfig(**settings)
-
-
-def _describe(engine, config) -> None:
-    """What is served and the memory it takes, on all devices together."""
-    import jax
-
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params))
-    engine_bytes = sum(engine.memory_bytes().values())
-    logger.info(
-        "%s: %.1f MiB of weights and %.1f MiB for %d slots of %d tokens, on %d device(s)", config.model_name,
-        weights / 2**20, engine_bytes / 2**20, config.slots, config.max_length, jax.device_count(),
-    )  # fmt: skip
 
 
 def _warm_up(engine, config) -> None:
