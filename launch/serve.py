@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--max_samples", type=int, help="prompts times n of a request (default: %(default)s)")
     flag("--max_body_bytes", type=int, help="default: %(default)s")
     flag("--body_seconds", type=float, help="to send the body of a request (default: %(default)s)")
-    flag("--request_seconds", type=float, help="from then to the end of the answer (default: %(default)s)")
+    flag("--request_seconds", type=float, help="of the whole request (default: %(default)s)")
     flag("--drain_seconds", type=float, help="to finish requests after SIGTERM (default: %(default)s)")
 
     flag = parser.add_argument_group("decoding, where a request does not say").add_argument
@@ -157,11 +157,9 @@ def _warm_up(engine, config) -> None:
     """Compile what the first requests need: greedy, sampled, and with top-p."""
     import time
 
-    from tracerl_jax.rollout.engine import Request
+    from tracerl_jax.rollout.warm_up import warm_up
 
     started = time.monotonic()
-    prompt = [next(i for i in range(engine.model.config.vocab_size) if i != engine.model.config.mask_token_id)]
-    for changes in ({"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}):
-        options = dataclasses.replace(config.defaults, max_tokens=1, **changes)
-        list(engine.generate([Request(prompt * min(64, config.max_length - 1), options)]))
+    kinds = ({"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9})
+    warm_up(engine, [dataclasses.replace(config.defaults, **changes) for changes in kinds])
     logger.info("compiled in %.1f s", time.monotonic() - started)

@@ -243,3 +243,11 @@ def test_numbers_that_are_not_finite_are_no_answer(start, slow):
     assert (got.status_code, got.json()["error"]["code"]) == (500, "not_finite")
     slow.broken = False
     assert server.post("/v1/completions", json={"prompt": "abc", "max_tokens": 4}).status_code == 200
+
+
+@pytest.mark.parametrize("body", [
+    b'{"prompt": [1, 2], "temperature": 1' + b"0" * 400 + b"}", b'{"prompt": [1, 2], "\\ud800": 1}',
+], ids=["a huge number", "half a character"])  # fmt: skip
+def test_odd_values_are_the_clients_mistake(server, body):
+    answer = httpx.post(f"{server.url}/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and "message" in answer.json()["error"]
