@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from tracerl_jax.errors import UserError
@@ -132,3 +132,13 @@ def command_again(command: str, args: argparse.Namespace, **changes: Any) -> str
     kept = [override for override in args.overrides if override.partition("=")[0] not in flags]
     changed = [f"{flag}={value}" for flag, value in flags.items()]
     return shlex.join(["tracerl", command, "--config", args.config, *kept, *changed])
+
+
+def describe_memory(model: Any, engine_bytes: Mapping[str, int]) -> str:
+    """What decoding takes: the weights and `Engine.memory_bytes`."""
+    from tracerl_jax.rollout.weights import weight_bytes
+    from tracerl_jax.units import format_bytes
+
+    sizes = {"weights": weight_bytes(model), **engine_bytes}
+    together = f" on {model.mesh.size} devices together" if model.mesh.size > 1 else ""
+    return f"memory{together}: " + ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())

@@ -17,8 +17,8 @@ override the flags: strategy, threshold, entropy_bound, denoising_steps, block_s
 top_p, seed, ignore_eos, confidence, stop_ids. A field that looks like one of them misspelt is refused.
 
 Output rows, in input order: all columns of the input row, its line, ids, text (null when the folder has no tokenizer),
-step_map (denoise step of every token), logprobs, denoise_forwards, forwards (those and commits), stop_reason, and what
-`tracerl score` needs to replay them.
+step_map (denoise step of every token), logprobs, denoise_forwards (denoise steps), forwards (those, less what drafts
+save, and commits), stop_reason, and what `tracerl score` needs to replay them.
 
 A completion depends on its prompt, options, seed and sample index, not on the batch."""
 
@@ -153,17 +153,13 @@ def _rows(args: argparse.Namespace, engine, tokenizer) -> list:
 
 
 def _memory(engine, requests: Sequence) -> str:
-    from tracerl_jax.rollout.weights import weight_bytes
-    from tracerl_jax.units import format_bytes
+    from tracerl_jax.launch.common import describe_memory
 
     by_block: dict = {}  # those of one block size are decoded together
     for request in requests:
         by_block.setdefault(request.options.block_size, []).append(request)
     most = max((engine.memory_bytes(group) for group in by_block.values()), key=lambda size: sum(size.values()))
-    sizes = {"weights": weight_bytes(engine.model), **most}
-    devices = engine.model.mesh.size
-    together = f" on {devices} devices together" if devices > 1 else ""
-    return f"memory{together}: " + ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())
+    return describe_memory(engine.model, most)
 
 
 def _counted(engine, requests: Sequence, tokenizer) -> list:

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--max_samples", type=int, help="prompts times n of a request (default: %(default)s)")
     flag("--max_body_bytes", type=int, help="default: %(default)s")
     flag("--body_seconds", type=float, help="to send the body of a request (default: %(default)s)")
-    flag("--request_seconds", type=float, help="from then to the end of the answer (default: %(default)s)")
+    flag("--request_seconds", type=float, help="of the whole request (default: %(default)s)")
     flag("--drain_seconds", type=float, help="to finish requests after SIGTERM (default: %(default)s)")
 
     flag = parser.add_argument_group("decoding, where a request does not say").add_argument
@@ -85,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     from tracerl_jax.interop.hf_config import read_model_config
     from tracerl_jax.interop.hf_load import load_hf
     from tracerl_jax.interop.tokenizer import load_tokenizer, valid_vocab
+    from tracerl_jax.launch.common import describe_memory
+    from tracerl_jax.models import Model
     from tracerl_jax.parallel.mesh import make_mesh
     from tracerl_jax.rollout.engine import Engine, EngineConfig
 
@@ -97,15 +99,19 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.model)
     if tokenizer is None:
         raise ConfigError(f"{args.model}: has no tokenizer, which serving needs; put its files into the folder")
-    config = _config(args, read_model_config(args.model))  # names a bad flag before the weights are read
-    bound = bind(args.host, args.port)
-    model, params = load_hf(args.model, mesh=make_mesh(), dtype=args.dtype, overrides={"dtype": args.dtype})
-    engine = Engine(model, params, EngineConfig(
-        args.slots, config.max_length, args.commit, args.drafts, args.forwards_per_chunk, args.page_size, args.pages,
+    model = Model(read_model_config(args.model, dtype=args.dtype, param_dtype=args.dtype), mesh=make_mesh())
+    config = _config(args, model.config)  # names a bad flag, as what follows does, before the weights are read
+    engine = Engine(model, None, EngineConfig(
+        slots=args.slots, max_length=config.max_length, commit=args.commit, drafts=args.drafts,
+        forwards_per_chunk=args.forwards_per_chunk, page_size=args.page_size, pages=args.pages,
         kv_dtype=args.kv_dtype, valid_vocab=valid_vocab(tokenizer, model.config.vocab_size),
     ))  # fmt: skip
-    del params
-    _describe(engine, config)
+    bound = bind(args.host, args.port)
+    logger.info(
+        "%s: %s, for %d slots of %d tokens", config.model_name, describe_memory(model, engine.memory_bytes()),
+        config.slots, config.max_length,
+    )  # fmt: skip
+    engine.update_params(load_hf(args.model, mesh=model.mesh, dtype=args.dtype)[1])
     if not args.no_warm_up:
         _warm_up(engine, config)
 
@@ -147,27 +153,13 @@ def _config(args: argparse.Namespace, model):
     return ServeConfig(**settings)
 
 
-def _describe(engine, config) -> None:
-    """What is served and the memory it takes, on all devices together."""
-    import jax
-
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params))
-    engine_bytes = sum(engine.memory_bytes().values())
-    logger.info(
-        "%s: %.1f MiB of weights and %.1f MiB for %d slots of %d tokens, on %d device(s)", config.model_name,
-        weights / 2**20, engine_bytes / 2**20, config.slots, config.max_length, jax.device_count(),
-    )  # fmt: skip
-
-
 def _warm_up(engine, config) -> None:
     """Compile what the first requests need: greedy, sampled, and with top-p."""
     import time
 
-    from tracerl_jax.rollout.engine import Request
+    from tracerl_jax.rollout.warm_up import warm_up
 
     started = time.monotonic()
-    prompt = [next(i for i in range(engine.model.config.vocab_size) if i != engine.model.config.mask_token_id)]
-    for changes in ({"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}):
-        options = dataclasses.replace(config.defaults, max_tokens=1, **changes)
-        list(engine.generate([Request(prompt * min(64, config.max_length - 1), options)]))
+    kinds = ({"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9})
+    warm_up(engine, [dataclasses.replace(config.defaults, **changes) for changes in kinds])
     logger.info("compiled in %.1f s", time.monotonic() - started)

@@ -170,7 +170,8 @@ class RolloutSection:
 
     def __post_init__(self):
         _require_positive(
-            self, "rollout", "prompts_per_step", "samples_per_prompt", "slots_per_device", "tensor", "max_tokens"
+            self, "rollout", "prompts_per_step", "samples_per_prompt", "slots_per_device", "tensor", "drafts",
+            "max_tokens",
         )
 
 

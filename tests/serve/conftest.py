@@ -55,12 +55,14 @@ class Running:
         return httpx.post(f"{self.url}{path}", timeout=120, **options)
 
     def wait_until_empty(self) -> None:
-        """Until no sample, slot or open answer is left."""
+        """Until no sample, slot, page or open answer is left."""
         end = time.monotonic() + 60
         while self.server.loop.held or self.server.engine.busy or self.server._open:
             assert time.monotonic() < end, (self.server.loop.held, self.server.engine.busy, self.server._open)
             time.sleep(0.02)
-        assert self.server.engine.running == 0
+        engine = self.server.engine
+        assert engine.running == 0
+        assert engine._batch is None or all(pool.held == 0 for pool in engine._batch._pools)
 
 
 @contextlib.contextmanager

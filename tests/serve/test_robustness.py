@@ -1,11 +1,13 @@
 """What clients do wrong and what breaks: nothing hangs, leaks a slot or page, or disturbs another request."""
 
 import asyncio
+import dataclasses
 import socket
 import threading
 import time
 
 import httpx
+import numpy as np
 import openai
 import pytest
 
@@ -110,6 +112,7 @@ class Slow:
     def __init__(self, engine, seconds):
         self._engine, self._seconds = engine, seconds
         self.fail = 0  # so many of the next steps
+        self.broken = False  # whether the model's numbers are NaN
         self.gate = threading.Event()
         self.gate.set()
 
@@ -126,7 +129,10 @@ class Slow:
                 return self._engine.step()
             finally:
                 self._engine.params = params
-        return self._engine.step()
+        traces = self._engine.step()
+        if self.broken:
+            traces = {n: dataclasses.replace(t, logprobs=t.logprobs + np.nan) for n, t in traces.items()}
+        return traces
 
 
 @pytest.fixture
@@ -228,3 +234,20 @@ def test_an_engine_that_always_fails_is_unhealthy_until_it_works_again(start, sl
     assert httpx.get(f"{server.url}/health").status_code == 503
     assert server.post("/v1/completions", json=LONG).status_code == 200
     assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_numbers_that_are_not_finite_are_no_answer(start, slow):
+    server = start(engine=slow)
+    slow.broken = True
+    got = server.post("/v1/completions", json={"prompt": "abc", "max_tokens": 4})
+    assert (got.status_code, got.json()["error"]["code"]) == (500, "not_finite")
+    slow.broken = False
+    assert server.post("/v1/completions", json={"prompt": "abc", "max_tokens": 4}).status_code == 200
+
+
+@pytest.mark.parametrize("body", [
+    b'{"prompt": [1, 2], "temperature": 1' + b"0" * 400 + b"}", b'{"prompt": [1, 2], "\\ud800": 1}',
+], ids=["a huge number", "half a character"])  # fmt: skip
+def test_odd_values_are_the_clients_mistake(server, body):
+    answer = httpx.post(f"{server.url}/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and "message" in answer.json()["error"]

@@ -42,7 +42,7 @@ LONG = {"prompt": "abc", "max_tokens": 1500, "ignore_eos": True, "stream": True,
 def test_sigterm_finishes_what_runs_and_refuses_the_rest(launch):
     process, url, errors = launch("--host", "0.0.0.0")
     assert "no API key is set" in errors.read_text()
-    assert re.search(r"tiny: [\d.]+ MiB of weights and [\d.]+ MiB for 4 slots of 2048 tokens", errors.read_text())
+    assert re.search(r"tiny: memory: weights [\d.]+ MiB, cache [\d.]+ MiB, .*4 slots of 2048", errors.read_text())
     with httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=120) as answer:
         lines = answer.iter_lines()
         first = next(lines)
@@ -78,6 +78,7 @@ def test_what_is_not_done_in_time_is_cut_and_the_exit_status_is_still_0(launch):
         (("--max_samples", "1000"), "lower it or raise max_queue"),
         (("--max_length", "5000"), "the model ends at 2048"),
         (("--block_sizes", "0"), "must be at least 1"),
+        (("--forwards_per_chunk", "0"), "forwards_per_chunk is 0"),
         (("--top_p", "0"), "top_p is 0"),
         (("--port", "99999"), "port is 99999"),
         (("--host", "no.such.host.invalid"), "choose another --host or --port"),

@@ -35,7 +35,7 @@ class Trace:
     denoise_forwards: int
     stop_reason: str  # one of STOP_REASONS
     sample_index: int = 0
-    forwards: int = 0  # denoise forwards and those that only commit; 0 = not known
+    forwards: int = 0  # that ran: denoise steps, less those that a draft guessed, and commits; 0 = not known
 
     def to_row(self) -> dict:
         """The trace as a JSON-able dict; unknown (NaN) log-probs become null."""

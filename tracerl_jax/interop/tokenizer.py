@@ -93,6 +93,11 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
     return tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def decode_all(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """Text of ids, control tokens included."""
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
 class StreamDecoder:
     """Text of ids that arrive bit by bit: what `push` and `finish` return joins to `decode` of all ids.
 

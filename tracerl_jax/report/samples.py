@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tracerl_jax.diffusion.trace import Trace
-from tracerl_jax.interop.tokenizer import StreamDecoder
+from tracerl_jax.interop.tokenizer import StreamDecoder, decode_all
 
 MAX_SAMPLES = 300  # of a page
 MAX_SAMPLE_BYTES = 16 * 2**20
@@ -67,12 +67,8 @@ def decode_pieces(tokenizer, ids: Sequence[int]) -> list[str]:
     if tokenizer is None:
         return [f"{i} " for i in ids]
 
-    stream = StreamDecoder(tokenizer, _decode_all)
+    stream = StreamDecoder(tokenizer, decode_all)
     pieces = [stream.push([i]) for i in ids]
     if pieces:
         pieces[-1] += stream.finish()
     return pieces
-
-
-def _decode_all(tokenizer, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -235,7 +235,7 @@ class Batch:
         A prompt that shares pages with one of the same round waits for that one's call.
         """
         if self._state is None:
-            self._state = self._empty_state()
+            self._state = self._empty_state(params)
         wave_of: dict[tuple[int, int], int] = {}  # (shard, page filled in this round) -> its wave
         waves: dict[tuple[int, bool], list[int]] = {}
         for n in fresh:
@@ -411,11 +411,13 @@ class Batch:
                                dtype),
         )  # fmt: skip
 
-    def _empty_state(self) -> State:
-        """Every slot done."""
-        abstract = self.abstract_state()
-        state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), abstract)
-        return dataclasses.replace(state, done=self._put(np.ones(self.shape.slots, bool)))
+    def _empty_state(self, params: dict) -> State:
+        """Every slot done. Bound to its device like what the programs return, or the first call would be compiled for
+        itself."""
+        abstract, place = self.abstract_state(), getattr(jax.tree.leaves(params)[0], "sharding", None)
+        state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding or place), abstract)
+        done = jnp.ones(self.shape.slots, bool, device=state.done.sharding)
+        return dataclasses.replace(state, done=done)
 
     def memory_bytes(self) -> dict[str, int]:
         """{"cache", "state"} on all devices together."""

@@ -168,12 +168,14 @@ class Engine:
 
     def blocks(self) -> dict[int, Blocks]:
         """The finished blocks of every running request, by number: ids, denoise steps and log-probs."""
-        return {} if self._batch is None else self._batch.blocks()
+        batch = self._batch  # once: another thread may be at work
+        return {} if batch is None else batch.blocks()
 
     @property
     def running(self) -> int:
         """Requests in slots."""
-        return 0 if self._batch is None else self._batch.running
+        batch = self._batch
+        return 0 if batch is None else batch.running
 
     def memory_bytes(self, requests: Iterable[Request] = ()) -> dict[str, int]:
         """What the engine keeps on all devices together besides the weights: {"cache", "state"}.

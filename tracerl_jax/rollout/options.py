@@ -4,12 +4,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from tracerl_jax.diffusion.reveal import strategy_code
 from tracerl_jax.errors import ConfigError
 
 CONFIDENCES = ("policy", "truncated")
 COMMITS = ("auto", "separate", "fused")
 KV_DTYPES = ("compute", "int8")
+LARGEST = float(np.finfo(np.float32).max)  # the device counts in float32
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Request:
 class EngineConfig:
     """Size and manner of an engine. Raises ConfigError naming the field on construction.
 
-    None of it changes what a request gets, but for the order in which sums are taken, and for `kv_dtype="int8"`: what
+    `valid_vocab` and `stop_ids` apart, none of it changes what a request gets, but for the order in which sums are
+    taken, and for `kv_dtype="int8"`: what
     is encoded behind a cached prefix reads rounded numbers, so a result depends on whether its prefix was cached.
     """
 
@@ -110,5 +114,5 @@ def _check_int(options: object, name: str, low: int, high: int, optional: bool =
 def _check_number(options: SamplingOptions, name: str, low: float, high: float) -> None:
     value = getattr(options, name)
     is_number = _is_int(value) or isinstance(value, float)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:
+    if not is_number or not low <= value <= min(high, LARGEST):  # NaN is not, either
         raise ConfigError(f"{name} is {value!r}; it must be a number from {low} to {high}")

@@ -18,12 +18,18 @@ class Piece(NamedTuple):
 
 def stream(engine: Engine, requests: Sequence[Request]) -> Iterator[Piece]:
     """Decode requests together and yield what is new of each after every chunk, so at least every
-    `EngineConfig.forwards_per_chunk` forwards. Raises like `Engine.submit`. Closing the iterator cancels what is left.
+    `EngineConfig.forwards_per_chunk` forwards. Raises like `Engine.generate`. Closing the iterator cancels the rest.
+
+    What others have submitted to the engine must not finish meanwhile: its result would be lost.
     """
+    for index, request in enumerate(requests):
+        engine.check(request, f"request {index}")
     running = {engine.submit(request): index for index, request in enumerate(requests)}
     given = [0] * len(requests)
     try:
         while running:
+            if not engine.busy:
+                raise RuntimeError("a streamed request was cancelled while its pieces were read")
             for number, trace in engine.step().items():
                 if (index := running.pop(number, None)) is not None:
                     yield Piece(index, trace.ids[given[index] :], trace)

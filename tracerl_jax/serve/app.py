@@ -9,6 +9,7 @@ time-out, ends both, and what is left in the engine is cancelled.
 import asyncio
 import contextlib
 import hmac
+import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from importlib.resources import files
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -145,6 +147,9 @@ class Server:
             except ApiError as error:
                 self.metrics.requests.labels(kind, error.status).inc()
                 raise
+            except ClientDisconnect:  # amid its body
+                self.metrics.requests.labels(kind, CLIENT_LEFT).inc()
+                return Response(status_code=CLIENT_LEFT)
             self.metrics.prompt_tokens.inc(sum(map(len, call.prompts)))
             return _Respond(self, call, samples, started)
 
@@ -309,8 +314,9 @@ async def _client_left(receive: Receive) -> None:
 # Errors outside a running answer
 
 
-def _error_response(error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body(), error.status, error.headers)
+def _error_response(error: ApiError) -> Response:
+    """In ASCII, whatever the request held: a lone surrogate, say, which UTF-8 cannot carry."""
+    return Response(json.dumps(error.body()), error.status, error.headers, "application/json")
 
 
 async def _api_error(_request: HttpRequest, error: ApiError) -> Response:

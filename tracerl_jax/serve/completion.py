@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tracerl_jax.interop.tokenizer import StreamDecoder
+from tracerl_jax.interop.tokenizer import StreamDecoder, decode_all
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Completion:
 
     def __init__(self, tokenizer, prompt_ids: Sequence[int], stops: Sequence[str] = (), with_tokens: bool = False):
         self._decoder = StreamDecoder(tokenizer)
-        self._token_decoder = StreamDecoder(tokenizer, _decode_all) if with_tokens else None
+        self._token_decoder = StreamDecoder(tokenizer, decode_all) if with_tokens else None
         self._prompt_length = len(prompt_ids)
         self._stops = tuple(stops)
         self._held = ""  # text that may be the beginning of a stop string
@@ -80,10 +80,6 @@ class Completion:
         held = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
-
-
-def _decode_all(tokenizer, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -11,7 +11,7 @@ class ServeConfig:
     """Raises ConfigError naming the field on construction."""
 
     model_name: str  # what clients call the model
-    block_sizes: tuple[int, ...]  # that clients may ask for: each has its own compiled programs and its own cache
+    block_sizes: tuple[int, ...]  # that clients may ask for; each has programs of its own and waits for empty slots
     max_length: int  # tokens of prompt and completion, the engine's
     defaults: SamplingOptions = field(default_factory=SamplingOptions)  # where a request does not say
     api_key: str | None = None
@@ -22,7 +22,7 @@ class ServeConfig:
     max_samples: int = 32  # prompts times n of one request
     max_body_bytes: int = 2**20
     body_seconds: float = 30.0  # until the body of a request must be there
-    request_seconds: float = 600.0  # from then until the answer must be sent
+    request_seconds: float = 600.0  # of the whole request, from its first byte to the end of the answer
     drain_seconds: float = 30.0  # after SIGTERM, for the requests that run
 
     def __post_init__(self) -> None:

@@ -24,13 +24,16 @@ class _Uvicorn(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 is any that is free. Raises ConfigError when the address cannot be had."""
+    """A socket with this address that does not listen yet: clients are refused until the server can answer. Port 0 is
+    any that is free. Raises ConfigError when the address cannot be had."""
     if not 0 <= port < 2**16:
         raise ConfigError(f"port is {port}; it must be from 0 to {2**16 - 1}")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.create_server(address, family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
+        bound = socket.socket(family, socket.SOCK_STREAM)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
         raise ConfigError(f"cannot listen at {host}:{port} ({error}); choose another --host or --port") from error
     return bound
 

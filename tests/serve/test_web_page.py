@@ -33,10 +33,10 @@ async function send(values) {
   });
 }
 (async () => {
-  await send({ kind: "text", prompt: "<b>5", max_tokens: "40", seed: "3", temperature: "0" });
-  await send({ kind: "chat", prompt: "hello", max_tokens: "12", strategy: "static", block_size: "8" });
+  await send({ kind: "text", prompt: "<b>5", max_tokens: "40", seed: "3" });
+  await send({ kind: "chat", prompt: "hello", max_tokens: "12", strategy: "static", denoising_steps: "2" });
   await send({ temperature: "hot" });
-  await send({ temperature: "1", block_size: "", strategy: "", max_tokens: "60" });
+  await send({ temperature: "1", denoising_steps: "", strategy: "", max_tokens: "60" });
   document.body.dataset.out = JSON.stringify(out);
   fetch("done");
 })();
@@ -73,13 +73,13 @@ def test_blocks_appear_as_the_answer_comes(server, acted, tmp_path):
     assert 'data-ready="true"' in root and "data-errors" not in root, root
     text, chat, refused, last = json.loads(html.unescape(re.search(r'data-out="([^"]*)"', dom)[1]))
     with server.client() as client:
-        want = client.completions.create(model="tiny", prompt="<b>5", max_tokens=40, seed=3, temperature=0.0)
+        want = client.completions.create(model="tiny", prompt="<b>5", max_tokens=40, seed=3)
     assert text["status"] == "done" and text["text"] == want.choices[0].text
     assert text["tokens"] == want.usage.completion_tokens
     assert text["blocks"] == text["edges"] + 1 == -(-text["tokens"] // 4) and 1 < text["chunks"]
     assert f"tokens {text['tokens']}" in text["facts"] and "prompt tokens 4" in text["facts"]
     assert "revealed at step" in text["tip"] and "probability" in text["tip"]
-    assert chat["status"] == "done" and chat["tokens"] == 12 and chat["blocks"] <= 3
+    assert chat["status"] == "done" and 0 < chat["tokens"] <= 12
     assert refused["status"].startswith("temperature is 'hot'") and refused["tokens"] == 0
     assert last["status"] == "done" and last["tokens"] > 0  # the server's word about the mistake is gone
 
