@@ -28,6 +28,7 @@ from tracerl_jax.kernels.decode import KVCache
 from tracerl_jax.kernels.decode.chunked import CHUNK, chunked_decode_attention
 from tracerl_jax.kernels.decode.pallas_tpu import MAX_TILE, STEP_BYTES, _power_of_two, _schedule
 from tracerl_jax.kernels.decode.reference import reference_decode_attention
+from tracerl_jax.kernels.dispatch import target_platform
 from tracerl_jax.plan.chips import CHIPS
 from tracerl_jax.plan.hlo import parse
 from tracerl_jax.plan.hlo_cost import Cost, program_cost
@@ -84,10 +85,11 @@ def chunked_work(chip: str, Q: int, store: str, longest: int) -> Cost:
     new = spec((SLOTS, Q, KV_HEADS, HEAD_DIM))
     args = (spec((SLOTS, Q, HEADS, HEAD_DIM)), KVCache(kv, kv, scale, scale), spec((), jnp.int32), new, new,
             spec((SLOTS,), jnp.int32), spec((SLOTS, Q, 2), jnp.int32))  # fmt: skip
-    traced = jax.jit(chunked_decode_attention).trace(*args)
+    chunk = CHUNK[target_platform(device)]
+    traced = jax.jit(partial(chunked_decode_attention, chunk=chunk)).trace(*args)
     module = parse(traced.lower(lowering_platforms=(CHIPS[chip].platform,)).compile().as_text())
     (loop,) = program_cost(module, {}).unknown_loops
-    return program_cost(module, {}, loops={loop: -(-longest // CHUNK["tpu"])})
+    return program_cost(module, {}, loops={loop: -(-longest // chunk)})
 
 
 def report_roofline() -> None:

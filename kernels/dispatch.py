@@ -25,9 +25,9 @@ def target_device():
     return jax.config.jax_default_device if device is None else device
 
 
-def target_platform() -> str:
-    """ "cpu", "gpu" or "tpu": that of `target_device`, or the default backend."""
-    device = target_device()
+def target_platform(device=None) -> str:
+    """ "cpu", "gpu" or "tpu": that of `device`, else of `target_device`, else the default backend."""
+    device = target_device() if device is None else device
     if device is None:
         return jax.default_backend()
     platform = device if isinstance(device, str) else device.platform

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from tracerl_jax.errors import UserError
@@ -132,6 +132,31 @@ def command_again(command: str, args: argparse.Namespace, **changes: Any) -> str
     kept = [override for override in args.overrides if override.partition("=")[0] not in flags]
     changed = [f"{flag}={value}" for flag, value in flags.items()]
     return shlex.join(["tracerl", command, "--config", args.config, *kept, *changed])
+
+
+def add_engine_flags(flag: Callable[..., Any]) -> None:
+    """What all commands that decode let choose of the engine; `flag` is `add_argument` of a parser or a group."""
+    from tracerl_jax.rollout.options import COMMITS
+
+    flag("--slots", type=int, default=64, help="sequences decoded together (default: %(default)s)")
+    flag("--commit", choices=COMMITS, default="auto", help="of finished blocks (default: %(default)s)")
+    flag("--drafts", type=int, default=1, help="steps guessed and verified by a forward (default: %(default)s)")
+    flag("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and compute")
+
+
+def add_decoding_flags(flag: Callable[..., Any]) -> None:
+    """Fields of SamplingOptions, whose defaults the caller sets."""
+    from tracerl_jax.diffusion.reveal import STRATEGIES
+
+    flag("--strategy", help=f"{', '.join(STRATEGIES)} (default: %(default)s)")
+    flag("--threshold", type=float, help="dynamic: reveal what is more confident (default: %(default)s)")
+    flag("--entropy_bound", type=float, help="entropy_bounded: nats per step (default: %(default)s)")
+    flag("--denoising_steps", type=int, help="per block (default: the block size)")
+    flag("--block_size", type=int, help="default: the model's")
+    flag("--max_tokens", type=int, help="completion limit (default: %(default)s)")
+    flag("--temperature", type=float, help="0 is greedy (default: %(default)s)")
+    flag("--top_k", type=int, help="0 is off (default: %(default)s)")
+    flag("--top_p", type=float, help="1 is off (default: %(default)s)")
 
 
 def describe_memory(model: Any, engine_bytes: Mapping[str, int]) -> str:

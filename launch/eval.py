@@ -32,7 +32,7 @@ COLUMNS = (  # heading, key of the summary, format
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from tracerl_jax.rollout.options import COMMITS
+    from tracerl_jax.launch.common import add_engine_flags
 
     flag = parser.add_argument
     flag("--model", required=True, metavar="DIR", help="Hugging Face folder with weights and tokenizer")
@@ -49,10 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--threshold", type=float, default=0.9, help="of dynamic (default: %(default)s)")
     flag("--temperature", type=float, default=1.0, help="of dynamic (default: %(default)s)")
     flag("--seed", type=int, default=0, help="of dynamic (default: %(default)s)")
-    flag("--slots", type=int, default=64, help="sequences decoded together (default: %(default)s)")
-    flag("--commit", choices=COMMITS, default="auto", help="of finished blocks (default: %(default)s)")
-    flag("--drafts", type=int, default=1, help="steps guessed and verified by a forward (default: %(default)s)")
-    flag("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and compute")
+    add_engine_flags(flag)
     flag("--on_bad_row", choices=("fail", "skip"), default="fail", help="unusable rows (default: %(default)s)")
     flag("--output", metavar="OUT.json", help='{"dynamic": {"accuracy": .., "tokens_per_step": .., "n": ..}, ..}')
     flag("--samples_output", metavar="S.jsonl", help="one row per answer: text, verdict, trace")

@@ -33,8 +33,8 @@ STREAM_FORWARDS = 4  # until the terminal shows what is new
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from tracerl_jax.diffusion.reveal import STRATEGIES
-    from tracerl_jax.rollout.options import COMMITS, CONFIDENCES, SamplingOptions
+    from tracerl_jax.launch.common import add_decoding_flags, add_engine_flags
+    from tracerl_jax.rollout.options import CONFIDENCES, SamplingOptions
 
     flag = parser.add_argument
     flag("--model", required=True, metavar="DIR", help="Hugging Face folder")
@@ -45,22 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--trace", metavar="PAGE.html", help="also write a page that replays how every completion was denoised")
     flag("--num_samples", type=int, default=1, metavar="K", help="completions per prompt, one after the other")
     flag("--raw", action="store_true", help="tokenize the prompt as it is, without the chat template")
-    flag("--slots", type=int, default=64, help="sequences decoded together (default: %(default)s)")
-    flag("--commit", choices=COMMITS, default="auto", help="of finished blocks (default: %(default)s)")
-    flag("--drafts", type=int, default=1, help="steps guessed and verified by a forward (default: %(default)s)")
-    flag("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and compute")
+    add_engine_flags(flag)
     flag("--on_bad_row", choices=("fail", "skip"), default="fail", help="unusable rows (default: %(default)s)")
 
     flag = parser.add_argument_group("decoding, where a row does not say").add_argument
-    flag("--strategy", help=f"{', '.join(STRATEGIES)} (default: %(default)s)")
-    flag("--threshold", type=float, help="dynamic: reveal what is more confident (default: %(default)s)")
-    flag("--entropy_bound", type=float, help="entropy_bounded: nats per step (default: %(default)s)")
-    flag("--denoising_steps", type=int, help="per block (default: the block size)")
-    flag("--block_size", type=int, help="default: the model's")
-    flag("--max_tokens", type=int, help="completion limit (default: %(default)s)")
-    flag("--temperature", type=float, help="0 is greedy (default: %(default)s)")
-    flag("--top_k", type=int, help="0 is off (default: %(default)s)")
-    flag("--top_p", type=float, help="1 is off (default: %(default)s)")
+    add_decoding_flags(flag)
     flag("--seed", type=int, help="default: %(default)s")
     flag("--ignore_eos", action="store_true", help="do not stop at the model's stop ids")
     flag("--confidence", help=f"{' or '.join(CONFIDENCES)}, the reference's rule (default: %(default)s)")

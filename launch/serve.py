@@ -26,8 +26,8 @@ DEFAULT_LENGTH = 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from tracerl_jax.diffusion.reveal import STRATEGIES
-    from tracerl_jax.rollout.options import COMMITS, KV_DTYPES, SamplingOptions
+    from tracerl_jax.launch.common import add_decoding_flags, add_engine_flags
+    from tracerl_jax.rollout.options import KV_DTYPES, SamplingOptions
     from tracerl_jax.serve.options import ServeConfig
 
     flag = parser.add_argument
@@ -38,16 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--api_key", metavar="KEY", help=f"clients must send it (default: ${KEY_VARIABLE}, which ps does not show)")
 
     flag = parser.add_argument_group("engine").add_argument
-    flag("--slots", type=int, help="sequences decoded together (default: %(default)s)")
+    add_engine_flags(flag)
     flag("--max_length", type=int, help=f"tokens of prompt and completion (default: {DEFAULT_LENGTH}, or the model's)")
     flag("--pages", type=int, help="of the cache, of --page_size tokens (default: enough for all slots)")
     flag("--page_size", type=int, default=64, help="tokens of a cache page (default: %(default)s)")
     flag("--forwards_per_chunk", type=int, default=8,
          help="until new blocks are sent and slots refilled: fewer is prompter (default: %(default)s)")  # fmt: skip
     flag("--kv_dtype", choices=KV_DTYPES, default="compute", help="of the cache (default: %(default)s)")
-    flag("--commit", choices=COMMITS, default="auto", help="of finished blocks (default: %(default)s)")
-    flag("--drafts", type=int, default=1, help="steps guessed and verified by a forward (default: %(default)s)")
-    flag("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and compute")
     flag("--block_sizes", type=int, nargs="+", metavar="B",
          help=f"that requests may ask for (default: the model's and {BLOCK_SIZES})")  # fmt: skip
     flag("--no_warm_up", action="store_true", help="compile when the first requests come")
@@ -62,16 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--request_seconds", type=float, help="of the whole request (default: %(default)s)")
     flag("--drain_seconds", type=float, help="to finish requests after SIGTERM (default: %(default)s)")
 
-    flag = parser.add_argument_group("decoding, where a request does not say").add_argument
-    flag("--strategy", help=f"{', '.join(STRATEGIES)} (default: %(default)s)")
-    flag("--threshold", type=float, help="dynamic: reveal what is more confident (default: %(default)s)")
-    flag("--entropy_bound", type=float, help="entropy_bounded: nats per step (default: %(default)s)")
-    flag("--denoising_steps", type=int, help="per block (default: the block size)")
-    flag("--block_size", type=int, help="default: the model's")
-    flag("--max_tokens", type=int, help="completion limit (default: %(default)s)")
-    flag("--temperature", type=float, help="0 is greedy (default: %(default)s)")
-    flag("--top_k", type=int, help="0 is off (default: %(default)s)")
-    flag("--top_p", type=float, help="1 is off (default: %(default)s)")
+    add_decoding_flags(parser.add_argument_group("decoding, where a request does not say").add_argument)
     options = dataclasses.asdict(SamplingOptions())
     limits = {field.name: field.default for field in dataclasses.fields(ServeConfig)}
     parser.set_defaults(**{

@@ -17,6 +17,7 @@ from tracerl_jax.data.prompts import Problem
 from tracerl_jax.errors import ConfigError
 from tracerl_jax.interop.hf_config import read_model_config
 from tracerl_jax.kernels.decode.chunked import CHUNK
+from tracerl_jax.kernels.dispatch import target_platform
 from tracerl_jax.kernels.logprob.draws import group_size
 from tracerl_jax.models import PRESETS, Model, ModelConfig
 from tracerl_jax.parallel.sharding import batch_sharding, row_shards
@@ -165,7 +166,7 @@ def _rollout_programs(
     # draft is assumed to be right.
     positions = min(slots, samples) / shards * B * groups
     head_groups = math.ceil((workload.tokens_per_step + B) / (2 * B) * positions / group_size(round(positions)))
-    chunk = CHUNK[mesh.devices.flat[0].platform.replace("cuda", "gpu")]
+    chunk = CHUNK[target_platform(mesh.devices.flat[0])]
     return sync + [
         PlannedProgram(
             "prefill", traced["prefill"], mesh, calls, kept["prefill"],

@@ -142,6 +142,7 @@ class Batch:
         self.entries: list[Entry | None] = [None] * shape.slots
         self._banned = banned
         self._shards = row_shards(model.mesh)
+        self._free_tokens = FREE_TOKENS[target_platform(None if model.mesh is None else model.mesh.devices.flat[0])]
         self._place = None if model.mesh is None else batch_sharding(model.mesh)
         # All slots at full length, a slot's worth of prompts to keep, and the page that belongs to nobody.
         pages = config.pages or (shape.slots // self._shards + config.prefix_cache) * shape.width + 1
@@ -331,7 +332,8 @@ class Batch:
         those that are left fit half the batch.
         """
         shards, sizes = self._shards, self._part_sizes()
-        members = [[n for n in range(sizes[0]) if self.entries[shard * sizes[0] + n]] for shard in range(shards)]
+        members = [[n for n in range(sizes[0]) if self.entries[shard * sizes[0] + n] is not None]
+                   for shard in range(shards)]
         longest = max(map(len, members))
         size, smaller = next(pair for pair in reversed(list(zip(sizes, [*sizes[1:], 0], strict=True)))
                              if pair[0] >= longest)  # fmt: skip
@@ -350,7 +352,7 @@ class Batch:
     def _part_sizes(self) -> list[int]:
         """Slots of a shard that may take part in a forward: all, a half, .. as long as fewer tokens take less time."""
         sizes = [self.shape.slots // self._shards]
-        least = FREE_TOKENS[target_platform()] // (self.groups * self.shape.block_size)
+        least = self._free_tokens // (self.groups * self.shape.block_size)
         while len(sizes) <= HALVINGS and sizes[-1] > max(1, least):
             sizes.append(-(-sizes[-1] // 2))
         return sizes
@@ -383,7 +385,7 @@ class Batch:
         groups, commit = 1 + self.config.drafts, self.config.commit
         if commit == "auto":
             tokens = groups * self.shape.block_size * self.shape.slots // self._shards
-            commit = "fused" if tokens <= FREE_TOKENS[target_platform()] else "separate"
+            commit = "fused" if tokens <= self._free_tokens else "separate"
         return 1 if commit == "separate" else groups
 
     def _shard(self, n: int) -> int:

@@ -93,7 +93,7 @@ class State:
     drafts: jax.Array  # [N,G-1,B] int32, the current block after one, two, .. more denoise steps, as guessed
     block_step: jax.Array  # [N] int32, denoise steps done in the current block
     steps: jax.Array  # [N] int32, denoise steps done in all blocks
-    forwards: jax.Array  # [N] int32, these and commits
+    forwards: jax.Array  # [N] int32, fewer than `steps` where drafts were right, more where blocks are committed
     done: jax.Array  # [N] bool
     cache: KVCache  # paged: [L,P,K,C,D]
 

@@ -73,14 +73,14 @@ class EngineConfig:
     """Size and manner of an engine. Raises ConfigError naming the field on construction.
 
     `valid_vocab` and `stop_ids` apart, none of it changes what a request gets, but for the order in which sums are
-    taken, and for `kv_dtype="int8"`: what
-    is encoded behind a cached prefix reads rounded numbers, so a result depends on whether its prefix was cached.
+    taken, and for `kv_dtype="int8"`: what is encoded behind a cached prefix reads rounded numbers, so a result depends
+    on whether its prefix was cached.
     """
 
     slots: int = 64  # sequences decoded together
     max_length: int | None = None  # tokens of prompt and completion; None = what each `generate` needs
     commit: str = "auto"  # separate, fused, or whichever should be faster; see rollout/decode.py
-    drafts: int = 1  # denoise steps guessed ahead and verified by a forward, where commits are fused; one is for free
+    drafts: int = 1  # denoise steps guessed ahead and verified by a forward, where commits are fused
     forwards_per_chunk: int = 256  # at most, until the host looks again
     page_size: int = 64  # tokens of a cache page, rounded up to whole blocks
     pages: int | None = None  # of the cache, per shard of the slots; None = enough for all slots at full length

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+from tracerl_jax.rollout.batch import PROMPTS_PER_CALL
 from tracerl_jax.rollout.engine import Engine
 from tracerl_jax.rollout.options import Request, SamplingOptions
 
@@ -21,14 +22,15 @@ def warm_up(engine: Engine, kinds: Sequence[SamplingOptions], prompt_tokens: int
         B = kind.block_size or c.block_size
         longest = B * slots.bit_length()
         length = max(1, min(prompt_tokens, (engine.config.max_length or c.max_positions) - longest - B))
-        for count in (slots, 4, 1):
+        # What dynamic reveals depends on the weights, and compiles the same program.
+        strategy = "static" if kind.strategy == "dynamic" else kind.strategy
+        steady = dataclasses.replace(kind, ignore_eos=True, strategy=strategy)
+        for count in (slots, *PROMPTS_PER_CALL[:-1]):
             requests = []
             for i in range(min(count, slots)):
                 # Half of them end with the first block, a quarter with the second, ..
                 blocks = slots.bit_length() - (slots - i - 1).bit_length() + 1
-                options = dataclasses.replace(kind, max_tokens=B * blocks, ignore_eos=True, strategy="static"
-                                              if kind.strategy == "dynamic" else kind.strategy)  # fmt: skip
                 prompt = [ids[(i + j + count) % len(ids)] for j in range(length)]
-                requests.append(Request(prompt, options))
+                requests.append(Request(prompt, dataclasses.replace(steady, max_tokens=B * blocks)))
             for _ in engine.generate(requests):
                 pass

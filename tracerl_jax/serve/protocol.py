@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from tracerl_jax.errors import UserError
 from tracerl_jax.interop.tokenizer import render_chat
 from tracerl_jax.rollout.options import Request, SamplingOptions
+from tracerl_jax.rollout.request_rows import OTHER_NAMES
 from tracerl_jax.serve.errors import ApiError, bad_request
 from tracerl_jax.serve.options import ServeConfig
 
 # A client's name -> the field of SamplingOptions. The options' own names are known as well.
-ALIASES = {
-    "remasking_strategy": "strategy", "dynamic_threshold": "threshold", "max_completion_tokens": "max_tokens",
-}  # fmt: skip
+ALIASES = {name: OTHER_NAMES[name] for name in ("remasking_strategy", "dynamic_threshold", "max_completion_tokens")}
 OPTIONS = {field.name: field.name for field in dataclasses.fields(SamplingOptions)} | ALIASES
 OWN = ("model", "stream", "stream_options", "n", "stop", "logprobs", "return_step_map")
 KINDS = {"chat": ("messages", "top_logprobs"), "completions": ("prompt",)}
