@@ -6,20 +6,21 @@ import numpy as np
 import pytest
 
 from tracerl_jax.errors import ConfigError
-from tracerl_jax.rewards import get_reward, register_reward, registry, score
+from tracerl_jax.rewards import Verdict, check_row, get_reward, register_reward, registry, score
 
 
 @pytest.fixture
 def define(monkeypatch):
     """Registers rewards for one test only."""
-    monkeypatch.setattr(registry, "_REWARDS", dict(registry._REWARDS))
-    return lambda name, function: register_reward(name)(function)
+    for table in ("_REWARDS", "_STARTS", "_CHECKS"):
+        monkeypatch.setattr(registry, table, dict(getattr(registry, table)))
+    return lambda name, function, **kwargs: register_reward(name, **kwargs)(function)
 
 
 def test_unknown_and_taken_names(define):
     with pytest.raises(ConfigError, match=r"unknown reward 'maths'; did you mean 'math'\?"):
         get_reward("maths")
-    with pytest.raises(ConfigError, match="unknown reward 'zzz'; registered: ascii_share, math, exact_match"):
+    with pytest.raises(ConfigError, match="unknown reward 'zzz'; registered: .*exact_match, .*math"):
         score({"zzz": 1.0}, ["p"], ["c"], [{}])
     with pytest.raises(ConfigError, match="already registered"):
         define("exact_match", lambda prompts, completions, **columns: [])
@@ -50,10 +51,29 @@ def test_no_verdict_is_not_zero(define):
     arguments = [list("pppp"), list("1234"), [{"ground_truth_answer": text} for text in "1234"]]
     result = score({"odd": 0.5, "exact_match": 1.0}, *arguments)
     np.testing.assert_array_equal(result.total, [1.5, np.nan, np.nan, np.nan])
-    assert result.no_verdict == 3
+    assert result.no_verdict == 3 and result.errors == {"odd": 2, "exact_match": 0}
+    assert result.details["odd"] == ["", "", "returned nan", "returned inf"]
     unweighted = score({"odd": 0.0, "exact_match": 1.0}, *arguments)
     np.testing.assert_array_equal(unweighted.total, [1, 1, 1, 1])
     np.testing.assert_array_equal(unweighted.by_name["odd"], [1, np.nan, np.nan, np.nan])
+
+
+def test_verdicts_say_how_they_were_decided(define):
+    answers = [Verdict(1, "as expected"), Verdict(None, "no reference"), 0.5, Verdict(float("nan"), "?")]
+    define("wordy", lambda prompts, completions, **columns: answers)
+    result = score({"wordy": 2.0}, list("pppp"), list("1234"), [{}] * 4)
+    np.testing.assert_array_equal(result.total, [2, np.nan, 1, np.nan])
+    assert result.details == {"wordy": ["as expected", "no reference", "", "returned nan"]}
+    assert result.errors == {"wordy": 1}
+
+
+def test_rows_are_checked_by_the_reward(define):
+    define("picky", lambda *_, **__: [], check=lambda row: "" if "level" in row else "missing field 'level'")
+    assert check_row("picky", {"level": 1}) == ""
+    assert check_row("picky", {}) == "missing field 'level'"
+    assert check_row("ascii_share", {}) == ""
+    with pytest.raises(ConfigError, match="unknown reward"):
+        check_row("pickyy", {})
 
 
 def test_a_raising_reward_loses_only_its_samples(define, caplog):
@@ -67,7 +87,7 @@ def test_a_raising_reward_loses_only_its_samples(define, caplog):
     np.testing.assert_array_equal(result.total, [1, 0, np.nan, np.nan])
     assert result.errors == {"fragile": 2}
     assert [record.message for record in caplog.records] == [
-        'reward fragile raised on 2 of 4 samples (no verdict for them): '
+        'reward fragile failed on 2 of 4 samples (no verdict for them): it raised '
         """ValueError("invalid literal for int() with base 10: 'x'")"""
     ]
 
@@ -77,6 +97,7 @@ def test_a_malformed_result_is_an_error_not_a_score(define, values):
     define("malformed", lambda prompts, completions, **columns: values if len(prompts) == 2 else "?")
     result = score({"malformed": 1.0}, ["p", "q"], ["1", "2"], [{}, {}])
     assert np.isnan(result.total).all() and result.errors == {"malformed": 2}
+    assert all("raised" in detail for detail in result.details["malformed"])
 
 
 def test_interrupt_is_not_swallowed(define):

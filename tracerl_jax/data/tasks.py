@@ -71,6 +71,15 @@ _FILE_TASKS = {
 TASKS = ("arithmetic", *_FILE_TASKS)
 
 
+def accuracy_reward(name: str) -> str:
+    """Name of the reward that says whether an answer to task `name` is right. `ConfigError` for an unknown task."""
+    if name not in TASKS:
+        close = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ConfigError(f"unknown task {name!r}; {hint}tasks: {', '.join(TASKS)}")
+    return "exact_match" if name == "arithmetic" else _FILE_TASKS[name].reward
+
+
 def load_task(
     name: str,
     *,
@@ -90,10 +99,7 @@ def load_task(
     accuracy). `options` are the fields of `ArithmeticOptions`.
     Raises `ConfigError` for unknown names and unusable combinations, `DataError` for unusable files and rows.
     """
-    if name not in TASKS:
-        close = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ConfigError(f"unknown task {name!r}; {hint}tasks: {', '.join(TASKS)}")
+    accuracy_reward(name)
     for reward in rewards or {}:
         get_reward(reward)
     if name == "arithmetic":
@@ -123,8 +129,8 @@ def _arithmetic(options: Mapping[str, int]) -> Task:
         name="arithmetic",
         train=make_problems(wanted.seed, wanted.train_count, "train", wanted),
         test=make_problems(wanted.seed, wanted.test_count, "test", wanted),
-        rewards={"exact_match": 1.0},
-        accuracy_reward="exact_match",
+        rewards={accuracy_reward("arithmetic"): 1.0},
+        accuracy_reward=accuracy_reward("arithmetic"),
         template="plain",
     )
 

@@ -1,6 +1,25 @@
 """Verifiable rewards: a registry of functions and the built-in ones."""
 
 from tracerl_jax.rewards import exact, math, shape
-from tracerl_jax.rewards.registry import RewardResult, get_reward, register_reward, score, start_rewards
+from tracerl_jax.rewards.registry import (
+    RewardResult,
+    Verdict,
+    check_row,
+    get_reward,
+    register_reward,
+    score,
+    start_rewards,
+)
 
-__all__ = ["RewardResult", "exact", "get_reward", "math", "register_reward", "score", "shape", "start_rewards"]
+__all__ = [
+    "RewardResult",
+    "Verdict",
+    "check_row",
+    "exact",
+    "get_reward",
+    "math",
+    "register_reward",
+    "score",
+    "shape",
+    "start_rewards",
+]

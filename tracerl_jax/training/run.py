@@ -26,7 +26,6 @@ from tracerl_jax.config import RunConfig
 from tracerl_jax.data.char_tokenizer import build_char_tokenizer
 from tracerl_jax.data.prompts import Problem, encode_prompts
 from tracerl_jax.data.tasks import Task, load_task
-from tracerl_jax.rewards import settings, start_rewards
 from tracerl_jax.diffusion.grid import round_up
 from tracerl_jax.diffusion.trace import Trace
 from tracerl_jax.errors import ConfigError
@@ -41,6 +40,7 @@ from tracerl_jax.parallel.mesh import make_mesh
 from tracerl_jax.parallel.sharding import row_shards
 from tracerl_jax.report.metrics import MetricLog, open_log
 from tracerl_jax.report.run_dir import METRICS, SAMPLES, RunDir
+from tracerl_jax.rewards import settings, start_rewards
 from tracerl_jax.rollout.engine import Engine, EngineConfig
 from tracerl_jax.rollout.options import SamplingOptions
 from tracerl_jax.rollout.weights import rollout_model
