@@ -58,7 +58,7 @@ _REWRITES = tuple(
         (r"\+?(?:\\infty(?![A-Za-z])|\b(?:infinity|inf)\b)", r"\\infty"),
         (r"\s+", " "),
         (r"(?:\\\\|\.|\s)+$|^\s+", ""),
-        (r"^\\f?boxed\{(.*)\}$", r"\1"),
+        (r"^\\(?:boxed|fbox)\{(.*)\}$", r"\1"),
     )
 )
 _ASSIGNMENT = re.compile(r"[A-Za-z](?:_\w)?(?:\([A-Za-z]\))?=([^=]+)")

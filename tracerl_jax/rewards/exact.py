@@ -1,13 +1,18 @@
 """Exact match of the final answer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tracerl_jax.rewards.registry import register_reward
 
 MARKER = "#"  # also ends GSM8K's "####"
 
 
-@register_reward("exact_match")
+def _check_row(row: Mapping[str, object]) -> str:
+    missing = row.get("ground_truth_answer") is None
+    return f"missing field 'ground_truth_answer' (it has {', '.join(row)})" if missing else ""
+
+
+@register_reward("exact_match", check=_check_row)
 def exact_match(
     prompts: Sequence[str], completions: Sequence[str], *, ground_truth_answer: Sequence[object] = (), **columns
 ) -> list[float | None]:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from tracerl_jax.errors import ConfigError
 
 # Used, in this order, when a completion holds no \boxed{}; the last match of the first pattern that matches counts.
+# Of several "answer is" on a line the last one; asterisks are Markdown's.
 FINAL_ANSWER_PATTERNS = (
     r"####[ \t]*([^\n]+)",
-    r"(?i)\banswer(?: is|:)\**[ \t]*([^\n]+?)(?:\.(?=\s|$)|\n|$)",
+    r"(?im)^.*\banswer\**(?: is:?|:)\**[ \t]*\**([^\n]+?)\**(?:\.(?=\s|$)|$)",
 )
 
 
@@ -40,7 +41,7 @@ def extract_answer(text: str, patterns: Sequence[re.Pattern] = _DEFAULT) -> str 
     return None
 
 
-_BRACES = re.compile(r"(\\f?boxed\s*\{)|\\.|([{}])", re.DOTALL)  # escaped braces are text
+_BRACES = re.compile(r"(\\(?:boxed|fbox)\s*\{)|\\.|([{}])", re.DOTALL)  # escaped braces are text
 
 
 def _last_boxed(text: str) -> str | None:

@@ -1,38 +1,43 @@
 """A pool of worker processes for work that may never end: each item has a CPU clock that starts in its worker.
 
 A worker reads items from its standard input and writes replies to its standard output, one JSON line each, one item at
-a time. Its clock counts its own CPU time only, so a verdict depends neither on the number of workers nor on what else
-the machine does. When the clock runs out, first an exception ends the item; where that cannot get through (a long call
-into C), the kernel kills the worker (RLIMIT_CPU) and the pool starts another. A worker that neither computes nor
-answers is killed by the parent's clock. Workers are fresh interpreters, not forks: the parent may be running JAX.
+a time. When an item has used up its CPU time the kernel kills the worker, whatever it is doing, and the pool starts
+another. The clock counts the worker's own CPU time, so a reply depends neither on the number of workers nor on what
+else the machine does. Workers are fresh interpreters: no forks of this process, which may be running JAX, and no second
+import of the user's script. They end when their standard input does, so also when this process is killed.
 """
 
+import contextlib
 import json
 import os
-import selectors
+import queue
+import resource
+import select
 import signal
 import subprocess
 import sys
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from tracerl_jax.errors import ConfigError
 
-START_SECONDS = 120.0  # for the imports of a worker on a busy machine
-GRACE_SECONDS = 1  # CPU time between the exception and the kill
+START_SECONDS = 300.0  # for the imports of a worker on a busy machine
 ATTEMPTS = 2  # of an item whose worker died of something else than its clock
 ITEMS_PER_WORKER = 5000  # then a fresh one: caches grow
+MAX_WORKERS = 16
 
 
 @dataclass(frozen=True)
 class Reply:
-    """`value` is what the worker's function returned, or, when not "ok", a text for people."""
+    """`value` is what the worker's function returned, or, when not "ok", a text for people.
 
-    status: Literal["ok", "overtime", "memory", "error"]
+    overtime: the item's CPU time ran out. error: the function raised. died: the worker did, of this item or of an
+    accident, `ATTEMPTS` times. hung: it neither computed nor answered.
+    """
+
+    status: Literal["ok", "overtime", "error", "died", "hung"]
     value: Any
 
 
@@ -40,9 +45,9 @@ class WorkerPool:
     """Runs `python -m module` workers (see `serve`). Raises `ConfigError` when a worker says it cannot work.
 
     Args:
-        workers: processes; default: the CPUs this process may use, at most 16.
+        workers: processes; default: the CPUs this process may use, at most `MAX_WORKERS`.
         cpu_seconds: of one item.
-        wall_seconds: after which a worker that has not answered is taken for dead, however busy the machine.
+        wall_seconds: after which a worker that has not answered is taken for hung, however busy the machine.
         memory_bytes: address space of a worker.
     """
 
@@ -52,137 +57,118 @@ class WorkerPool:
         *,
         workers: int | None = None,
         cpu_seconds: float = 2.0,
-        wall_seconds: float = 120.0,
-        memory_bytes: int = 4 << 30,
+        wall_seconds: float = 300.0,
+        memory_bytes: int = 2 << 30,
     ):
-        self.module = module
-        self.size = workers or min(16, len(os.sched_getaffinity(0)))
-        self.cpu_seconds, self.wall_seconds, self.memory_bytes = cpu_seconds, wall_seconds, memory_bytes
-        self._lock = threading.Lock()
-        self._workers = [self._start() for _ in range(self.size)]  # all import at the same time
+        command = [sys.executable, "-m", module, str(cpu_seconds), str(memory_bytes)]
+        size = workers or min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+        self._workers = [_Worker(command, wall_seconds) for _ in range(size)]
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
-            worker.wait_until_ready()
-
-    def _start(self) -> "_Worker":
-        return _Worker(self.module, self.cpu_seconds, self.memory_bytes)
+            self._idle.put(worker)
+        self._threads = ThreadPoolExecutor(size, thread_name_prefix=module)  # each waits for one worker
+        try:
+            list(self._threads.map(_Worker.start, self._workers))  # all import at the same time
+        except BaseException:
+            self.close()
+            raise
 
     def map(self, items: Sequence[Any]) -> list[Reply]:
-        """One reply per item, in order; items and values are what JSON carries."""
-        with self._lock, selectors.DefaultSelector() as selector:
-            replies: list[Reply | None] = [None] * len(items)
-            waiting = deque((index, 1) for index in range(len(items)))
-            for slot in range(self.size):
-                self._give(slot, selector, waiting, items)
-            while selector.get_map():
-                for key, _ in selector.select(timeout=0.2):
-                    slot, worker = key.data, self._workers[key.data]
-                    index, attempt = worker.item
-                    reply = worker.read()
-                    if reply is None:
-                        continue  # half a line
-                    if reply.status == "error" and worker.dead and attempt < ATTEMPTS:
-                        waiting.appendleft((index, attempt + 1))
-                    else:
-                        replies[index] = reply
-                    selector.unregister(key.fileobj)
-                    self._give(slot, selector, waiting, items)
-                for worker in self._workers:
-                    if worker.item and time.monotonic() > worker.deadline:
-                        worker.process.kill()  # its pipe ends, which the selector reports
-            return replies
+        """One reply per item, in order; items and values are what JSON carries. May be called from several threads."""
+        return list(self._threads.map(self._run, items))
 
-    def _give(self, slot: int, selector, waiting: deque, items: Sequence[Any]) -> None:
-        """Next item to the worker of this slot, which is replaced when it is dead or old."""
-        worker = self._workers[slot]
-        worker.item = None
-        if worker.dead or worker.served >= ITEMS_PER_WORKER:
-            worker.close()
-            worker = self._workers[slot] = self._start()
-        if waiting:
-            if not worker.ready:
-                worker.wait_until_ready()
-            worker.item = waiting.popleft()
-            selector.register(worker.process.stdout, selectors.EVENT_READ, slot)
-            worker.send(items[worker.item[0]], self.wall_seconds)
+    def _run(self, item: Any) -> Reply:
+        worker = self._idle.get()
+        try:
+            for _ in range(ATTEMPTS):
+                reply = worker.ask(item)
+                if reply.status != "died":
+                    break
+            return reply
+        finally:
+            self._idle.put(worker)
+
+    def pids(self) -> list[int]:
+        """Process ids of the workers that run now."""
+        return [worker.process.pid for worker in self._workers if worker.process is not None]
 
     def close(self) -> None:
-        with self._lock:
-            for worker in self._workers:
-                worker.close()
+        """Ends the workers; items that are waiting are given up."""
+        self._threads.shutdown(cancel_futures=True)
+        for worker in self._workers:
+            worker.stop()
 
 
 class _Worker:
-    def __init__(self, module: str, cpu_seconds: float, memory_bytes: int):
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", module, str(cpu_seconds), str(memory_bytes)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}, start_new_session=True,
-        )  # fmt: skip
-        self.item: tuple[int, int] | None = None  # (index, attempt)
-        self.deadline = 0.0
-        self.served = 0
-        self.ready = self.dead = False
-        self._received = b""
+    """A place for one process, which is started when there is none."""
 
-    def wait_until_ready(self) -> None:
-        """Raises `ConfigError` with what the worker says when it cannot work."""
-        timer = threading.Timer(START_SECONDS, self.process.kill)
-        timer.start()
-        line = self.process.stdout.readline()
-        timer.cancel()
-        if line.strip() == b'"ready"':
-            self.ready = True
+    def __init__(self, command: list[str], wall_seconds: float):
+        self.command, self.wall_seconds = command, wall_seconds
+        self.process: subprocess.Popen | None = None
+        self._served = 0
+
+    def start(self) -> None:
+        """Raises `ConfigError` with what the process says when it cannot work."""
+        self.process = subprocess.Popen(
+            self.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            start_new_session=True,  # Ctrl-C is for this process to handle
+        )
+        self._served = 0
+        line = self._read(START_SECONDS)
+        if line == b'"ready"\n':
             return
         self.process.kill()
-        errors = self.process.communicate()[1].decode(errors="replace").strip()
-        self.dead = True
-        raise ConfigError(json.loads(line) if line else f"a {self.process.args[2]} worker did not start: {errors[-500:]}")
+        errors = self.process.stderr.read().decode(errors="replace").strip()
+        self.stop()
+        raise ConfigError(json.loads(line) if line else f"{' '.join(self.command)} did not start: {errors[-500:]}")
 
-    def send(self, item: Any, wall_seconds: float) -> None:
-        self.deadline = time.monotonic() + wall_seconds
-        self.served += 1
-        try:
+    def ask(self, item: Any) -> Reply:
+        if self.process is None or self._served >= ITEMS_PER_WORKER:
+            self.stop()
+            self.start()
+        self._served += 1
+        with contextlib.suppress(BrokenPipeError):  # it has died, which reading finds out
             self.process.stdin.write(json.dumps(item).encode() + b"\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has died: reading says so
-
-    def read(self) -> Reply | None:
-        """The reply, None when it is not all there yet; of a worker that has died, what it died of."""
-        data = os.read(self.process.stdout.fileno(), 1 << 16)
-        self._received += data
-        if self._received.endswith(b"\n"):
-            line, self._received = self._received, b""
+        line = self._read(self.wall_seconds)
+        if line is not None and line.endswith(b"\n"):
             return Reply(**json.loads(line))
-        if data:
-            return None
-        self.dead = True
-        status = self.process.wait()
-        if status == -signal.SIGXCPU:
+        status = self.stop()
+        if line is None:
+            return Reply("hung", f"no answer in {self.wall_seconds:g} s")
+        if status == -signal.SIGPROF:
             return Reply("overtime", "its CPU time ran out")
-        if time.monotonic() > self.deadline:
-            return Reply("overtime", "the worker did not answer")
-        return Reply("error", f"the worker ended with status {status}")
+        return Reply("died", f"the worker ended with status {status}")
 
-    def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
+    def _read(self, seconds: float) -> bytes | None:
+        """A line, part of one when the process has ended, None when there was nothing in time."""
+        poll = select.poll()  # select.select knows only the first 1,024 files of a process
+        poll.register(self.process.stdout, select.POLLIN)
+        return self.process.stdout.readline() if poll.poll(1000 * seconds) else None
 
-
-class _Overtime(BaseException):  # not an Exception: the libraries catch those
-    pass
+    def stop(self) -> int | None:
+        """Ends the process, if there is one. Returns its exit status."""
+        process, self.process = self.process, None
+        if process is None:
+            return None
+        process.kill()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            with contextlib.suppress(OSError):  # an item that could not be sent
+                pipe.close()
+        return process.wait()
 
 
 def serve(prepare: Callable[[], None], function: Callable[[Any], Any]) -> None:
     """Main loop of a worker. `prepare` does the imports, and raises with a text for the user when it cannot."""
-    import resource
-
     cpu_seconds, memory_bytes = float(sys.argv[1]), int(sys.argv[2])
-    requests, replies = sys.stdin, os.fdopen(os.dup(1), "w")
+    replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no reply
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
-    def write(value) -> None:
+    def write(value: Any) -> None:
         replies.write(json.dumps(value) + "\n")
         replies.flush()
 
@@ -190,34 +176,17 @@ def serve(prepare: Callable[[], None], function: Callable[[Any], Any]) -> None:
         prepare()
     except Exception as error:
         return write(str(error))
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    signal.signal(signal.SIGPROF, _raise_overtime)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # which kills: no exception, that a library could catch
     write("ready")
-    for line in requests:
-        used = int(time.process_time())
-        limit = used + int(cpu_seconds) + 1 + GRACE_SECONDS
-        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
-        write(_answer(function, json.loads(line), cpu_seconds))
-
-
-def _answer(function: Callable[[Any], Any], item: Any, cpu_seconds: float) -> dict:
-    try:
-        signal.setitimer(signal.ITIMER_PROF, cpu_seconds, 0.05)  # again and again, where a bare `except` swallows it
+    for line in sys.stdin:
+        item = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
         try:
-            value = function(item)
-        finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-        return {"status": "ok", "value": value}
-    except _Overtime:
+            reply = Reply("ok", function(item))
+        except Exception as error:
+            reply = Reply("error", f"{type(error).__name__}: {error}"[:200])
         signal.setitimer(signal.ITIMER_PROF, 0)
-        return {"status": "overtime", "value": f"more than {cpu_seconds:g} s of CPU time"}
-    except (MemoryError, RecursionError) as error:
-        return {"status": "memory", "value": type(error).__name__}
-    except Exception as error:
-        return {"status": "error", "value": repr(error)[:200]}
-
-
-def _raise_overtime(signum, frame):
-    raise _Overtime
+        write(vars(reply))
