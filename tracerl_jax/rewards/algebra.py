@@ -3,11 +3,14 @@ r"""Whether two LaTeX answers are the same mathematics: `math-verify` (sympy), w
 Runs in worker processes (worker_pool.py): sympy can take for ever on a short text, a tower of powers say. Added to math-verify:
 
 - a one-variable inequality equals the interval or union it describes, either way round;
+- a unit at the end may be left out, but not replaced by another one;
 - degrees are radians, `i` is the imaginary unit where no other letter occurs, \Pi is not \pi;
 - decimals are exact: 0.333333 is not 1/3.
 """
 
 import re
+
+from tracerl_jax.rewards.answers import known_unit
 
 REMEDY = "pip install --upgrade 'math-verify[antlr4_13_2]'"
 
@@ -41,37 +44,67 @@ _SELF_TEST = {  # (gold, prediction) -> verdict
 _REWRITES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\!|\$", ""),
-        (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
+        (r"(?<=\d)(?:,\\!|\\,|\{,\})(?=\d{3}(?!\d))", ""),  # thousands
+        (r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\!|\\?\$", ""),
+        (r"(?<![A-Za-z\\])pi(?![A-Za-z])|π", r"\\pi "),
+        (r"\*\*\s*(\d+|\w)", r"^{\1}"),
+        (r"\^(\d{2,})", r"^{\1}"),
+        (r"\s(or|and)\s", r"\\text{ \1 }"),
+        (r"≤", r"\\le "),
+        (r"≥", r"\\ge "),
+        (r"∞", r"\\infty "),
+        (r"×|·", r"\\cdot "),
+        (r"√\s*(\d+|\w)", r"\\sqrt{\1}"),
+        (r"\\varnothing(?![A-Za-z])|∅", r"\\emptyset"),
         (r"\\(l|g)eqslant(?![A-Za-z])", r"\\\1e"),
         (r"(\d+(?:\.\d+)?)\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)", r"(\1\\pi/180)"),
         (r"\\Pi(?![A-Za-z])", r"\\Xi"),  # math-verify drops the case of symbols
         (r"^\s*([^\\=<>]+?)\s*\\in(?![A-Za-z])", ""),  # x \in [2, 5)
+        (r"[.,;:\s]+$|^\s+", ""),
     )
 )
 
 
 def same(gold: str, prediction: str) -> bool | None:
     """Whether `prediction` is the answer `gold`; None when `gold` cannot be read as mathematics."""
-    gold, prediction = _rewrite(gold), _rewrite(prediction)
+    (gold, gold_unit), (prediction, unit) = _split_unit(_rewrite(gold)), _split_unit(_rewrite(prediction))
     golds, predictions = _parse(gold), _parse(prediction)
     if all(isinstance(value, str) for value in golds):
         return None
+    if gold_unit and unit and gold_unit != unit:
+        return False
     return _verify(golds, predictions) or _same_set(golds[0], predictions[:1]) or _same_complex(golds, predictions)
 
 
 def _rewrite(text: str) -> str:
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    return text.strip()
+    return text
+
+
+_LAST_WORDS = re.compile(
+    r"(.*\S)\s*(?:\\(?:text\w*|mathrm|mbox)\s*\{([A-Za-z ]+)\}|\s([A-Za-z]{2,}))\s*(\^\s*(?:\{\s*\d\s*\}|\d))?", re.DOTALL
+)
+
+
+def _split_unit(text: str) -> tuple[str, str]:
+    """(what is measured, unit); the unit is "" where there is none that answers.py knows."""
+    match = _LAST_WORDS.fullmatch(text)
+    unit = match and known_unit(match[2] or match[3])
+    return (match[1], unit + re.sub(r"[^\d]", "", match[4] or "")) if unit else (text, "")
 
 
 def _parse(text: str) -> list:
     """Sympy objects that the text may mean, most likely first; math-verify puts the text itself last."""
-    from math_verify import parse
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse
 
-    # None: its timeout uses an alarm, and counts wall time
-    return parse(f"${text}$", parsing_timeout=None, raise_on_error=False)
+    # Its units would take the c from 5c. Its plain expressions would find the number in any text.
+    latex = LatexExtractionConfig(
+        normalization_config=NormalizationConfig(units=False, malformed_operators=True, nits=True)
+    )
+    # Its timeout would use an alarm, and count wall time.
+    return parse(f"${text}$", [latex], parsing_timeout=None, raise_on_error=False)
 
 
 def _verify(golds: list, predictions: list) -> bool:

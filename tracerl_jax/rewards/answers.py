@@ -144,8 +144,17 @@ def _parse_number(text: str) -> _Number | None:
             value = int(whole) + _fraction(match["top"] or match["over"]) / _fraction(match["bottom"] or match["under"])
     except (ZeroDivisionError, ValueError):  # 1/0, and digits or bases that do not exist
         return None
-    unit = re.sub(r"s(?![A-Za-z])", "", (match["unit"] or "").lower())  # plural
-    return _Number(-value if match["sign"] == "-" else value, bool(match["percent"]), unit)
+    return _Number(-value if match["sign"] == "-" else value, bool(match["percent"]), _singular(match["unit"] or ""))
+
+
+def _singular(unit: str) -> str:
+    return re.sub(r"s(?![A-Za-z])", "", unit.lower())
+
+
+def known_unit(words: str) -> str:
+    """These words in the singular if they name a unit of length, area, time ..., else ""."""
+    singular = " ".join(_singular(words).split())
+    return singular if all(word in _UNITS or word in _UNIT_WORDS for word in singular.split()) else ""
 
 
 def _fraction(text: str) -> Fraction:
@@ -193,6 +202,7 @@ _UNITS = {
     for names, size in sizes.items()
     for name in names.split()
 }  # fmt: skip
+_UNIT_WORDS = frozenset("unit square sq cubic cu per mph kph radian rad".split())
 
 
 # ---- lists ----
