@@ -113,6 +113,30 @@ def resolve(args: argparse.Namespace, schema: type[Schema]) -> Schema:
     return config
 
 
+def add_reward_settings(parser: CommandParser) -> None:
+    """Add `--config.reward.KEY=VALUE`, listed below the help, and `--config`, from which more of them may come."""
+    from tracerl_jax.config import GradingConfig
+    from tracerl_jax.config_io import FLAG, describe, keys_of
+
+    parser.add_argument(
+        "--config",
+        metavar="FILE[:ARG]",
+        help=f"config of a run, for its reward functions and `reward` settings; {FLAG}reward.KEY=VALUE sets single ones",
+    )
+    parser.config_flags += [FLAG + key for key in keys_of(GradingConfig)]
+    keys = f"settings, their defaults and types ({FLAG}KEY=VALUE):\n{describe(GradingConfig)}"
+    parser.epilog = f"{parser.epilog}\n\n{keys}" if parser.epilog else keys
+
+
+def apply_reward_settings(args: argparse.Namespace) -> None:
+    """Makes what the flags of `add_reward_settings` say the settings of this process. Raises `ConfigError`."""
+    from tracerl_jax.config import GradingConfig, RunConfig
+    from tracerl_jax.config_io import load_config
+    from tracerl_jax.rewards import settings
+
+    settings.configure(load_config(RunConfig if args.config else GradingConfig, args.config, args.overrides).reward)
+
+
 def train_and_describe(command: str, args: argparse.Namespace, config: Any) -> None:
     """Train and print where the results are; when interrupted, print the command line that goes on, and raise."""
     from tracerl_jax.training.pipeline import describe_summary, train

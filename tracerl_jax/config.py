@@ -121,6 +121,13 @@ class RewardSection:
 
 
 @dataclass(frozen=True)
+class GradingConfig:
+    """The part of a run's config that commands take which only grade."""
+
+    reward: RewardSection = _doc(RewardSection(), "how answers and programs are graded")
+
+
+@dataclass(frozen=True)
 class SFTSection:
     steps: int = _doc(0, "updates of supervised warm-up before RL; 0: none")
     method: Literal["semi_ar", "trace"] = _doc("semi_ar", "random masks inside blocks, or replay of a decoding order")

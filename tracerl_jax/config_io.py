@@ -33,18 +33,19 @@ Schema = TypeVar("Schema")
 FLAG = "--config."
 
 
-def load_config(schema: type[Schema], path: str, overrides: Sequence[str] = ()) -> Schema:
+def load_config(schema: type[Schema], path: str | None, overrides: Sequence[str] = ()) -> Schema:
     """Read a config file, apply the overrides and return a checked instance of `schema`.
 
     Args:
         schema: frozen dataclass; nested dataclasses are groups. Its ``__post_init__`` may raise `ConfigError`.
         path: a file, or the bare name of one in ``tracerl_jax.configs``; ``path:arg`` calls ``get_config("arg")``.
+            None: the schema's defaults.
         overrides: ``"group.key=value"``, optionally spelled as the flag ``"--config.group.key=value"``.
 
     Raises:
         ConfigError: unreadable file, unknown key, wrong type, missing value, or a value the schema refuses.
     """
-    file, config = _read_file(path)
+    file, config = _read_file(path) if path is not None else (Path("defaults"), ConfigDict())
     values = dict(_parse_override(schema, override) for override in overrides)
     for key, value in values.items():
         _set(config, key, value, schema, file)

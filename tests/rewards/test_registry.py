@@ -20,7 +20,7 @@ def define(monkeypatch):
 def test_unknown_and_taken_names(define):
     with pytest.raises(ConfigError, match=r"unknown reward 'maths'; did you mean 'math'\?"):
         get_reward("maths")
-    with pytest.raises(ConfigError, match="unknown reward 'zzz'; registered: .*exact_match, .*math"):
+    with pytest.raises(ConfigError, match=r"unknown reward 'zzz'; registered: .*exact_match, .*math"):
         score({"zzz": 1.0}, ["p"], ["c"], [{}])
     with pytest.raises(ConfigError, match="already registered"):
         define("exact_match", lambda prompts, completions, **columns: [])

@@ -114,7 +114,7 @@ def test_maps_of_several_threads_share_the_workers(pool):
 
 def test_workers_that_cannot_work_say_why(pool, monkeypatch):
     monkeypatch.setenv("POOL_TEST_BROKEN", "1")
-    with pytest.raises(ConfigError, match="^the backend is broken; mend it$"):
+    with pytest.raises(ConfigError, match=r"^the backend is broken; mend it$"):
         pool()
     with pytest.raises(ConfigError, match=r"no_such_module .* did not start: .*No module named"):
         WorkerPool("no_such_module", workers=1)

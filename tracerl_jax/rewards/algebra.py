@@ -1,11 +1,12 @@
 r"""Whether two LaTeX answers are the same mathematics: `math-verify` (sympy), with what it leaves out added.
 
-Runs in worker processes (worker_pool.py): sympy can take for ever on a short text, a tower of powers say. Added to math-verify:
+Runs in worker processes (worker_pool.py): sympy can take for ever on a short text, a tower of powers say. Added to
+math-verify:
 
 - a one-variable inequality equals the interval or union it describes, either way round;
 - a unit at the end may be left out, but not replaced by another one;
 - degrees are radians, `i` is the imaginary unit where no other letter occurs, \Pi is not \pi;
-- decimals are exact: 0.333333 is not 1/3.
+- decimals are exact, to 15 places: 0.333333 is not 1/3.
 """
 
 import re
@@ -49,7 +50,8 @@ _REWRITES = tuple(
         (r"(?<![A-Za-z\\])pi(?![A-Za-z])|π", r"\\pi "),
         (r"\*\*\s*(\d+|\w)", r"^{\1}"),
         (r"\^(\d{2,})", r"^{\1}"),
-        (r"\s(or|and)\s", r"\\text{ \1 }"),
+        (r"\\text\s*\{\s*(?:or|and)\s*\}|\s(?:or|and)\s", ","),
+        (r"\\frac\s*\\pi(?![A-Za-z])\s*", r"\\frac{\\pi}"),
         (r"≤", r"\\le "),
         (r"≥", r"\\ge "),
         (r"∞", r"\\infty "),
@@ -83,7 +85,8 @@ def _rewrite(text: str) -> str:
 
 
 _LAST_WORDS = re.compile(
-    r"(.*\S)\s*(?:\\(?:text\w*|mathrm|mbox)\s*\{([A-Za-z ]+)\}|\s([A-Za-z]{2,}))\s*(\^\s*(?:\{\s*\d\s*\}|\d))?", re.DOTALL
+    r"(.*\S)\s*(?:\\(?:text\w*|mathrm|mbox)\s*\{([A-Za-z ]+)\}|\s([A-Za-z]{2,}))\s*(\^\s*(?:\{\s*\d\s*\}|\d))?",
+    re.DOTALL,
 )
 
 
@@ -122,13 +125,17 @@ def _same_set(gold: object, predictions: list) -> bool:
 
 
 def _real_set(value: object):
+    """The real numbers that a set, an open interval written as a pair, or inequalities of one letter describe."""
     import sympy
 
-    if isinstance(value, sympy.Tuple) and len(value) == 2 and all(item.is_number for item in value):
-        return sympy.Interval.open(*value) if value[0].is_extended_real and value[1].is_extended_real else None
+    if isinstance(value, sympy.Tuple) and len(value) == 2 and all(item.is_extended_real for item in value):
+        return sympy.Interval.open(*value)
     if isinstance(value, sympy.Set):
+        if value.args and all(isinstance(item, sympy.And | sympy.core.relational.Rel) for item in value.args):
+            parts = [_real_set(item) for item in value.args]  # x < 1 or x > 2
+            return None if None in parts else sympy.Union(*parts)
         return value.doit()  # an intersection, say
-    if isinstance(value, sympy.And | sympy.Or | sympy.core.relational.Relational) and not isinstance(value, sympy.Eq):
+    if isinstance(value, sympy.And | sympy.Or | sympy.core.relational.Rel) and not isinstance(value, sympy.Eq):
         letters = value.free_symbols
         if len(letters) == 1:
             try:
