@@ -45,7 +45,7 @@ setup(
         "orbax-checkpoint>=0.12",
         "transformers>=5",
         "datasets>=4", "jinja2>=3.1",
-        "math-verify>=0.8",
+        "math-verify>=0.9",
         "ml-collections>=1.0",
         "safetensors>=0.5",
         "absl-py>=2",

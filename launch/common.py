@@ -121,7 +121,7 @@ def add_reward_settings(parser: CommandParser) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE[:ARG]",
-        help=f"config of a run, for its reward functions and `reward` settings; {FLAG}reward.KEY=VALUE sets single ones",
+        help=f"config of a run: its reward functions and `reward` settings; {FLAG}reward.KEY=VALUE sets single ones",
     )
     parser.config_flags += [FLAG + key for key in keys_of(GradingConfig)]
     keys = f"settings, their defaults and types ({FLAG}KEY=VALUE):\n{describe(GradingConfig)}"

@@ -100,7 +100,7 @@ class RewardSection:
     answer_patterns: tuple[str, ...] = _doc(
         (), "regular expressions, one group each, of a final answer without \\boxed{}; default: see docs/rewards.md"
     )
-    math_cpu_seconds: float = _doc(2.0, "CPU time that the algebra of one answer may take")
+    math_cpu_seconds: float = _doc(1.0, "CPU time that the algebra of one answer may take")
     sandbox: Literal["strict", "best_effort", "container-hook"] = _doc(
         "strict", "how programs run: only fully isolated, with what this machine can do, or by `container_command`"
     )

@@ -52,7 +52,7 @@ def pool():
 
 
 def rewards(answers, golds):
-    return [verdict.reward for verdict in math.judge(answers, golds)]
+    return [verdict.reward for verdict in math.grade_answers(answers, golds)]
 
 
 # ---- agreement ----
@@ -60,7 +60,7 @@ def rewards(answers, golds):
 
 @pytest.fixture(scope="module")
 def verdicts():
-    return math.judge([row["prediction"] for row in PAIRS], [row["gold"] for row in PAIRS])
+    return math.grade_answers([row["prediction"] for row in PAIRS], [row["gold"] for row in PAIRS])
 
 
 def test_agreement_with_careful_readers(verdicts):
@@ -104,6 +104,15 @@ FURTHER = [  # gold, answer, whether they are the same
     ("\\$2\\pi", "2\\pi", 1.0),
     ("12\\pi", "12\\pi\\text{ square units}", 1.0),
     ("2\\sqrt{3} \\text{ m}", "\\sqrt{12}\\text{ cm}", 0.0),
+    ("(3+\\sqrt{5},-1)", "(3,-1)", 0.0),
+    ("(3+\\sqrt{4},-\\sqrt{1})", "(5,-1)", 1.0),
+    ("(\\frac{1}{6},\\frac{1}{6})", "(\\frac{1}{\\sqrt{2}},\\frac{1}{\\sqrt{2}})", 0.0),
+    ("(-\\sqrt{8},\\sqrt{8}]", "(-2\\sqrt{2},2\\sqrt{2}]", 1.0),
+    ("111", "111, \\! 111, \\! 111", 0.0),
+    ("111111111", "111, \\! 111, \\! 111", 1.0),
+    ("17\\text{ meters}", "17\\%", 0.0),
+    ("73^\\circ", "73\\%", 0.0),
+    ("7, -2, \\text{ and } -5", "-5,-2,\\sqrt{49}", 1.0),
     ("3", "3t", 0.0),
     ("5", "5c", 0.0),
     ("2", "2ab", 0.0),

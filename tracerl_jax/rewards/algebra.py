@@ -4,6 +4,7 @@ Runs in worker processes (worker_pool.py): sympy can take for ever on a short te
 math-verify:
 
 - a one-variable inequality equals the interval or union it describes, either way round;
+- points and intervals with the same brackets are compared element by element (as sets (3,1) and (2,1) are empty);
 - a unit at the end may be left out, but not replaced by another one;
 - degrees are radians, `i` is the imaginary unit where no other letter occurs, \Pi is not \pi;
 - decimals are exact, to 15 places: 0.333333 is not 1/3.
@@ -11,9 +12,9 @@ math-verify:
 
 import re
 
-from tracerl_jax.rewards.answers import known_unit
+from tracerl_jax.rewards.answers import is_one_group, known_unit, split
 
-REMEDY = "pip install --upgrade 'math-verify[antlr4_13_2]'"
+REMEDY = "pip install --upgrade math-verify antlr4-python3-runtime==4.13.2"
 
 
 class BackendError(Exception):
@@ -45,12 +46,12 @@ _SELF_TEST = {  # (gold, prediction) -> verdict
 _REWRITES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"(?<=\d)(?:,\\!|\\,|\{,\})(?=\d{3}(?!\d))", ""),  # thousands
+        (r"(?<=\d)(?:\s*,\s*\\!\s*|\\,|\{,\})(?=\d{3}(?!\d))", ""),  # thousands
         (r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\!|\\?\$", ""),
         (r"(?<![A-Za-z\\])pi(?![A-Za-z])|π", r"\\pi "),
         (r"\*\*\s*(\d+|\w)", r"^{\1}"),
         (r"\^(\d{2,})", r"^{\1}"),
-        (r"\\text\s*\{\s*(?:or|and)\s*\}|\s(?:or|and)\s", ","),
+        (r",?\s*\\text\s*\{\s*(?:or|and)\s*\}|,?\s(?:or|and)\s", ","),
         (r"\\frac\s*\\pi(?![A-Za-z])\s*", r"\\frac{\\pi}"),
         (r"≤", r"\\le "),
         (r"≥", r"\\ge "),
@@ -69,7 +70,12 @@ _REWRITES = tuple(
 
 def same(gold: str, prediction: str) -> bool | None:
     """Whether `prediction` is the answer `gold`; None when `gold` cannot be read as mathematics."""
-    (gold, gold_unit), (prediction, unit) = _split_unit(_rewrite(gold)), _split_unit(_rewrite(prediction))
+    gold, prediction = _rewrite(gold), _rewrite(prediction)
+    (brackets, parts), (other_brackets, other_parts) = _elements(gold), _elements(prediction)
+    if parts and brackets == other_brackets and len(parts) == len(other_parts):
+        verdicts = [same(*pair) for pair in zip(parts, other_parts, strict=True)]
+        return None if None in verdicts else all(verdicts)
+    (gold, gold_unit), (prediction, unit) = _split_unit(gold), _split_unit(prediction)
     golds, predictions = _parse(gold), _parse(prediction)
     if all(isinstance(value, str) for value in golds):
         return None
@@ -82,6 +88,13 @@ def _rewrite(text: str) -> str:
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     return text
+
+
+def _elements(text: str) -> tuple[str, list[str]]:
+    """("(]", ["a", "b"]) of "(a,b]" and the like; the list is empty for anything else."""
+    is_list = text[:1] in ("(", "[") and text[-1:] in (")", "]") and is_one_group(text)
+    elements = split(text[1:-1]) if is_list else []
+    return text[:1] + text[-1:], elements if len(elements) > 1 else []
 
 
 _LAST_WORDS = re.compile(

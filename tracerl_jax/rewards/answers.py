@@ -45,11 +45,12 @@ _REWRITES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"[−–]", "-"),
+        (r"(?<=\d)\s*,\s*\\!\s*(?=\d{3})", ","),
         (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![A-Za-z])|\\!|\\[()\[\]]|\\?\$", ""),
         (r"\\[dtc]frac", r"\\frac"),
         (r"\\(ge|le|ne)q(?:slant)?(?![A-Za-z])", r"\\\1"),
         (r"\{,\}", ","),
-        (r"\\(?:text(?:bf|it|rm)?|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
+        (r"\\(?:text(?:bf|it|rm|normal)?|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
         (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree|°", " degrees "),
         (r"\\%", "%"),
         (r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~", " "),
@@ -86,7 +87,7 @@ def _unwrap(text: str) -> str:
     assignment = _ASSIGNMENT.fullmatch(text)
     text = assignment[1] if assignment else text
     for _ in range(MAX_NESTING):
-        if text[:1] + text[-1:] not in ("()", "{}") or not _is_one_group(text) or len(_split(text[1:-1])) > 1:
+        if text[:1] + text[-1:] not in ("()", "{}") or not is_one_group(text) or len(split(text[1:-1])) > 1:
             break
         text = text[1:-1]
     return text
@@ -181,6 +182,8 @@ def _same_number(left: _Number, right: _Number) -> bool:
         return left.value * measures[0][1] == right.value * measures[1][1]
     if left.percent == right.percent:
         return left.value == right.value
+    if left.unit or right.unit:
+        return False
     percent, plain = (left, right) if left.percent else (right, left)
     return plain.value in (percent.value, percent.value / 100)
 
@@ -218,11 +221,11 @@ def _parse_list(text: str) -> _List | None:
     brackets = ""
     if text.startswith("\\{") and text.endswith("\\}"):
         inner = text[2:-2]
-    elif text[:1] in ("(", "[") and text[-1:] in (")", "]") and _is_one_group(text):
+    elif text[:1] in ("(", "[") and text[-1:] in (")", "]") and is_one_group(text):
         brackets, inner = text[0] + text[-1], text[1:-1]
     else:
         inner = text
-    elements = _split(inner)
+    elements = split(inner)
     if len(elements) > MAX_ELEMENTS or (inner is text and len(elements) < 2):
         return None
     return _List(brackets, elements)
@@ -250,7 +253,7 @@ def _all(verdicts: Sequence[bool | None]) -> bool | None:
 _SEPARATOR = re.compile(r"[,;]| (?:and|or) |[({\[]|[)}\]]")
 
 
-def _split(text: str) -> list[str]:
+def split(text: str) -> list[str]:
     """The parts between separators outside all brackets."""
     parts, start, depth = [], 0, 0
     for match in _SEPARATOR.finditer(text):
@@ -264,7 +267,7 @@ def _split(text: str) -> list[str]:
     return [*parts, text[start:].strip()]
 
 
-def _is_one_group(text: str) -> bool:
+def is_one_group(text: str) -> bool:
     """Whether the first bracket is closed by the last character."""
     depth = 0
     for position, character in enumerate(text):

@@ -63,12 +63,15 @@ def math_reward(
     prompts: Sequence[str], completions: Sequence[str], *, ground_truth_answer: Sequence[object] = (), **columns
 ) -> list[Verdict]:
     """See the module. No verdict without a usable reference answer."""
+    return grade_answers(_extract(completions), ground_truth_answer or [None] * len(completions))
+
+
+def _extract(completions: Sequence[str]) -> list[str | None]:
     patterns = compile_patterns(settings.current().answer_patterns or FINAL_ANSWER_PATTERNS)
-    answers = [extract_answer(text, patterns) for text in completions]
-    return judge(answers, ground_truth_answer or [None] * len(completions))
+    return [extract_answer(text, patterns) for text in completions]
 
 
-def judge(answers: Sequence[str | None], golds: Sequence[object]) -> list[Verdict]:
+def grade_answers(answers: Sequence[str | None], golds: Sequence[object]) -> list[Verdict]:
     """Verdicts for answers (None: none was found) and their reference answers (text or numbers), in order."""
     verdicts = [_by_rules(answer, gold) for answer, gold in zip(answers, golds, strict=True)]
     left = [i for i, verdict in enumerate(verdicts) if verdict is None]

@@ -49,7 +49,7 @@ def register_reward(
 ) -> Callable[[RewardFunction], RewardFunction]:
     """Decorator that makes a reward function known under `name`. Raises `ConfigError` when the name is taken.
 
-    `start` is called by `start_rewards`: it gets ready what the function needs; raises `ConfigError` when it cannot.
+    `start` is called by `start_rewards`: it gets ready what the function needs, or raises `ConfigError`.
     `check` says what is wrong with a problem's row ("" for nothing), see `check_row`.
     """
 

@@ -1,4 +1,4 @@
-"""How rewards are computed in this process: set once, from a config or a command's flags, and read by the rewards."""
+"""How rewards are computed here: set once from the config (or the flags of a command), read by the rewards."""
 
 from collections.abc import Callable
 

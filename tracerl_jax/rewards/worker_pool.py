@@ -56,12 +56,12 @@ class WorkerPool:
         module: str,
         *,
         workers: int | None = None,
-        cpu_seconds: float = 2.0,
+        cpu_seconds: float = 1.0,
         wall_seconds: float = 300.0,
         memory_bytes: int = 2 << 30,
     ):
         command = [sys.executable, "-m", module, str(cpu_seconds), str(memory_bytes)]
-        size = workers or min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+        size = workers or min(MAX_WORKERS, _cpus())
         self._workers = [_Worker(command, wall_seconds) for _ in range(size)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
@@ -97,6 +97,11 @@ class WorkerPool:
         self._threads.shutdown(cancel_futures=True)
         for worker in self._workers:
             worker.stop()
+
+
+def _cpus() -> int:
+    """CPUs this process may use; not every system can say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Worker:
