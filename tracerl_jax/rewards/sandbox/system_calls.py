@@ -17,7 +17,7 @@ REFUSED = """
     add_key request_key keyctl bpf perf_event_open userfaultfd io_uring_setup io_uring_enter io_uring_register
     open_by_handle_at name_to_handle_at fanotify_init quotactl personality acct swapon swapoff reboot kexec_load
     kexec_file_load init_module finit_module delete_module syslog settimeofday clock_settime clock_adjtime adjtimex
-    setdomainname sethostname vhangup iopl ioperm lookup_dcookie nfsservctl setrlimit prlimit64
+    setdomainname sethostname vhangup iopl ioperm lookup_dcookie nfsservctl
     sched_setscheduler sched_setattr sched_setaffinity setpriority ioprio_set
 """.split()
 
@@ -36,6 +36,7 @@ def make_filter() -> bytes:
         except (OSError, ValueError):
             pass  # a call that this processor or library does not know
     rules.add_rule(refusal, "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, CLONE_THREAD, 0))
+    rules.add_rule(refusal, "prlimit64", pyseccomp.Arg(0, pyseccomp.NE, 0))  # the limits of another process
     # Its flags lie in memory, where a filter cannot look; without it the C library uses clone.
     rules.add_rule(pyseccomp.ERRNO(errno.ENOSYS), "clone3")
     with tempfile.TemporaryFile() as file:

@@ -11,6 +11,7 @@ see examine.py, or null. Reply: `status`, `detail`, ...
 
 import contextlib
 import fcntl
+import gc
 import math
 import os
 import select
@@ -30,7 +31,7 @@ from tracerl_jax.rewards.sandbox.inside.isolation import Isolation
 from tracerl_jax.rewards.sandbox.inside.program import run_script, serve_functions
 from tracerl_jax.rewards.sandbox.inside.supervise import Program, supervise
 
-ENVIRONMENT = {"HOME": kernel.SCRATCH, "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {"HOME": "/nonexistent", "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 JOBS, REPLIES = 0, 1  # file descriptors of the launcher
 
 
@@ -44,6 +45,7 @@ def serve() -> Callable[[], None] | None:
     sys.dont_write_bytecode = True
     settings["paths"] = _visible(settings["paths"] or _runtime(settings["packages"]))
     kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
+    gc.freeze()  # what is there now stays shared with the forks
     while True:
         try:
             job = read_frame(JOBS)
@@ -173,7 +175,7 @@ def _settle(settings, job, found: Isolation, folder: str, pipes: tuple, ready: i
     ready = len(wanted)
     os.closerange(ready + 1, os.sysconf("SC_OPEN_MAX"))
     os.chdir(folder)
-    os.environ["HOME"] = tempfile.tempdir = folder
+    tempfile.tempdir = folder
     found.attempt("limits", kernel.limit_resources, math.ceil(job["cpu_seconds"]) + 1, job["memory_bytes"])
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if settings["filter"]:
