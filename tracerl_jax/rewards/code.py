@@ -24,14 +24,14 @@ from tracerl_jax.rewards.programs import extract_program, preamble
 from tracerl_jax.rewards.registry import Verdict, register_reward
 from tracerl_jax.rewards.sandbox import Job, Reply, Sandbox
 
-DEFAULT_SECONDS = 1.0
+DEFAULT_SECONDS = 3.0  # what HumanEval's own harness gives
 
 
 @dataclass(frozen=True)
 class Problem:
     seconds: float  # CPU time of a test
     prefix: str = ""  # what the completion continues
-    setup: str = ""  # put before the program
+    setup: str = ""  # put behind the program, whose classes it may use
     tests: tuple[str, ...] = ()  # statements, or
     cases: tuple[tuple[str, str], ...] = ()  # (input, output)
     given: str = ""  # definitions that the tests may trust
@@ -123,7 +123,7 @@ def grade(completions: Sequence[str], rows: Sequence[Mapping[str, object]]) -> l
 def _jobs(problem: Problem, completion: str) -> list[Job]:
     program = extract_program(completion, problem.prefix)
     if problem.setup:
-        program = f"{problem.setup}\n{program}"
+        program = f"{program}\n{problem.setup}"
     if problem.cases:
         return [Job(program, problem.seconds, input=text) for text, _ in problem.cases]
     return [

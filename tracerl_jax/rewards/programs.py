@@ -4,8 +4,8 @@ import ast
 import re
 import textwrap
 
-_PYTHON_BLOCK = re.compile(r"```(?:python3?|py)[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
-_ANY_BLOCK = re.compile(r"```[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_PYTHON_FENCE = re.compile(r"```(?:python3?|py)[ \t]*\n")
+_BARE_BLOCK = re.compile(r"```[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
 def extract_program(completion: str, prefix: str = "") -> str:
@@ -15,9 +15,7 @@ def extract_program(completion: str, prefix: str = "") -> str:
     does not contain them, the imports and helper functions of the prefix are put before it.
     """
     text = prefix + completion
-    blocks = _PYTHON_BLOCK.findall(text) or _ANY_BLOCK.findall(text)
-    program = blocks[-1] if blocks else text
-    start = _code(prefix)
+    program, start = _code(text), _code(prefix)
     if start.strip() and start not in program and "from __future__" not in program:
         return f"{preamble(prefix)}\n{textwrap.dedent(program)}"
     return textwrap.dedent(program)
@@ -34,6 +32,9 @@ def preamble(prefix: str) -> str:
     return ast.unparse(ast.Module(body, type_ignores=[]))
 
 
-def _code(prefix: str) -> str:
-    blocks = _PYTHON_BLOCK.findall(prefix)
-    return blocks[-1] if blocks else prefix
+def _code(text: str) -> str:
+    opened = _PYTHON_FENCE.split(text)
+    if len(opened) > 1:
+        return opened[-1].partition("```")[0]
+    blocks = _BARE_BLOCK.findall(text)
+    return blocks[-1] if blocks else text
