@@ -14,6 +14,7 @@ from tracerl_jax.rewards.sandbox.inside.frames import read_frame, write_frame
 MODULES = ("frames", "isolation", "clock", "supervise", "rpc", "examine", "program", "launcher")
 PACKAGE = inside.__name__
 START_SECONDS = 60.0
+PYTHON = (sys.executable, "-P", "-s")
 
 # Makes the modules from their source, so that a container needs nothing but Python; packages around them are empty.
 BOOT = f"""
@@ -48,7 +49,7 @@ class Worker:
     def __init__(self, settings: dict, command: Sequence[str] | None = None):
         folder = Path(inside.__file__).parent
         self.process = subprocess.Popen(
-            [*(command or (sys.executable, "-P", "-s")), "-S", "-c", BOOT],
+            [*(command or PYTHON), "-S", "-c", BOOT],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/", start_new_session=True,
             env=None if command else {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1"},
         )  # fmt: skip

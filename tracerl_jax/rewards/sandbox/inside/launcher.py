@@ -51,7 +51,7 @@ def serve() -> Callable[[], None] | None:
             job = read_frame(JOBS)
         except EOFError:
             return None
-        folder = tempfile.mkdtemp(prefix="program-")  # used where there is no mount namespace
+        folder = tempfile.mkdtemp(prefix=f"program-{os.getpid()}-")  # used where there is no mount namespace
         reply_read, reply_write = os.pipe()
         gate = os.fork()
         if gate == 0:

@@ -7,11 +7,12 @@ import types
 from tracerl_jax.rewards.sandbox.inside.rpc import Peer
 
 REQUESTS, REPLIES = 3, 4  # file descriptors of a program whose functions are called
+OUR_FRAMES = 20  # at most, below the program's own on the stack
 
 
 def run_script(source: str) -> None:
     """Runs `source` as a script; the interpreter ends as after any script."""
-    _open_standard_streams()
+    _prepare()
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
     sys.argv = ["program.py"]
@@ -20,7 +21,7 @@ def run_script(source: str) -> None:
 
 def serve_functions(source: str) -> None:
     """Executes `source` in a module of its own when asked to, and does what the tests ask of it."""
-    _open_standard_streams()
+    _prepare()
     module = types.ModuleType("program")
     sys.modules["program"] = module
     Peer(REQUESTS, REPLIES).serve(
@@ -28,7 +29,8 @@ def serve_functions(source: str) -> None:
     )
 
 
-def _open_standard_streams() -> None:
+def _prepare() -> None:
+    sys.setrecursionlimit(sys.getrecursionlimit() + OUR_FRAMES)
     sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", closefd=False)
     sys.stdout = sys.__stdout__ = io.TextIOWrapper(open(1, "wb", closefd=False), encoding="utf-8")
     sys.stderr = sys.__stderr__ = io.TextIOWrapper(
