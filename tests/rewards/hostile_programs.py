@@ -13,6 +13,21 @@ def frame(message):
     return len(data).to_bytes(8, "big") + data
 """
 
+# What has to hold, one of it at least, for a program to be stopped, and for trying it to be safe.
+NEEDS = {
+    "writes_outside": {"mount"},
+    "shared_memory": {"mount"},
+    "reads_the_password_file": {"mount"},
+    "reads_a_file": {"mount", "uid"},
+    "reads_through_a_link": {"mount", "uid"},
+    "reads_other_processes": {"mount", "pid", "uid"},
+    "kills_the_parent": {"pid", "uid", "seccomp"},
+    "asks_the_network": {"network", "seccomp"},
+    "asks_by_datagram": {"network", "seccomp"},
+    "asks_a_local_socket": {"network", "seccomp"},
+    "other_programs": {"mount", "seccomp"},
+}
+
 HOSTILE_PROGRAMS = {
     # ---- leaving early ----
     "exit_at_once": "import os\nos._exit(0)\ndef f(x): return x",
@@ -109,9 +124,10 @@ def f(x):
         seen += [repr(v)[:10000] for v in (*frame.f_locals.values(), *frame.f_globals.values())]
         frame = frame.f_back
     seen += [o for o in gc.get_objects() if type(o) is str] + [repr(o)[:10000] for o in gc.get_objects() if type(o) is dict]
+    mark = bytes([102, 40, 51, 41, 32, 61, 61]).decode()  # not to find itself
     for text in seen:
-        if "f(3) ==" in text:
-            return int(text.split("f(3) ==")[1].split()[0].strip("'\\")"))
+        if mark in text:
+            return int(text.split(mark)[1].split()[0].strip("'\\")"))
 print(f(1))
 """,
     "reads_every_descriptor": """
@@ -215,7 +231,7 @@ print(f(1))
 """,
     "kills_the_parent": """
 import os, signal
-for pid in (os.getppid(), 1, 0, -1, *range(2, 200)):
+for pid in (os.getppid(), 1, -1, *range(2, 200)):
     try:
         if pid != os.getpid():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)

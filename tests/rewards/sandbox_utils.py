@@ -9,15 +9,15 @@ import pytest
 
 from tracerl_jax.config import RewardSection
 from tracerl_jax.errors import ConfigError
-from tracerl_jax.rewards.sandbox import Sandbox, worker
+from tracerl_jax.rewards.sandbox import Sandbox, pool, worker
 from tracerl_jax.rewards.sandbox.inside.isolation import FIRST_UID
 
 FAST = {"code_wall_seconds": 0.6, "code_memory_mb": 256, "workers": 2}
 
-# A machine whose kernel makes no namespaces: what a default Docker container looks like.
+SYSTEM_PYTHON = "/usr/bin/python3"  # other users can read it
 NO_NAMESPACES = """
 import errno, os, sys
-sys.path[:0] = {path!r}
+sys.path += {path!r}
 import pyseccomp
 rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
 rules.add_rule(pyseccomp.ERRNO(errno.EPERM), "unshare")
@@ -35,18 +35,19 @@ def open_sandbox(**section) -> Sandbox:
 
 
 def without_namespaces(monkeypatch) -> None:
+    """A machine whose kernel makes no namespaces, as in a Docker container with the default settings."""
     pytest.importorskip("pyseccomp", exc_type=(ImportError, RuntimeError))
-    monkeypatch.setattr(
-        worker, "PYTHON", (sys.executable, "-c", NO_NAMESPACES.format(path=sys.path), "-P", "-s")
-    )  # fmt: skip
+    python = SYSTEM_PYTHON if os.geteuid() == 0 and os.path.exists(SYSTEM_PYTHON) else sys.executable
+    monkeypatch.setattr(worker, "PYTHON", (python, "-c", NO_NAMESPACES.format(path=sys.path), "-s"))
+    monkeypatch.setattr(pool.shutil, "which", lambda name: None)  # no bubblewrap either
 
 
 def as_another_user(monkeypatch) -> None:
     """Launchers run as a user without privileges, with a Python that this user can read."""
-    python = "/usr/bin/python3"
-    if os.geteuid() != 0 or not shutil.which("setpriv") or not os.path.exists(python):
+    if os.geteuid() != 0 or not shutil.which("setpriv") or not os.path.exists(SYSTEM_PYTHON):
         pytest.skip("needs root, setpriv and a system Python")
-    monkeypatch.setattr(worker, "PYTHON", ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", python, "-s"))
+    command = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", SYSTEM_PYTHON, "-s")
+    monkeypatch.setattr(worker, "PYTHON", command)
 
 
 def left_behind() -> dict[str, list]:

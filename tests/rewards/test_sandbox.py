@@ -9,18 +9,13 @@ import threading
 
 import pytest
 
-from hostile_programs import ANSWER, HOSTILE_PROGRAMS, hostile_program
+from hostile_programs import ANSWER, HOSTILE_PROGRAMS, NEEDS, hostile_program
 from sandbox_utils import FAST, as_another_user, left_behind, open_sandbox, without_namespaces
 from tracerl_jax.config import RewardSection
 from tracerl_jax.errors import ConfigError
 from tracerl_jax.rewards.sandbox import Job, Sandbox, pool, system_calls
 
 TEST = {"test": f"assert f(3) == {ANSWER}", "given": "", "subjects": [], "own_equality": False}
-# What must hold even where the kernel isolates nothing: limits, clocks and the judge's own process.
-WITHOUT_NAMESPACES = [
-    name for name in HOSTILE_PROGRAMS
-    if name not in ("reads_the_password_file", "asks_by_datagram", "asks_the_network", "asks_a_local_socket", "other_programs")
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +69,8 @@ def weaker(request):
 
 
 def attack(sandbox: Sandbox, name: str, places: dict) -> None:
+    if name in NEEDS and not NEEDS[name] & {*sandbox.held}:
+        pytest.skip(f"needs {' or '.join(sorted(NEEDS[name]))}, and this sandbox has: {sandbox.description}")
     program = hostile_program(name, **places)
     before = left_behind()
     script, function = sandbox.run([Job(program, 0.4), Job(program, 0.4, test=TEST)])
@@ -99,7 +96,7 @@ def test_hostile_program_in_a_weaker_sandbox(weaker, places, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", WITHOUT_NAMESPACES)
+@pytest.mark.parametrize("name", HOSTILE_PROGRAMS)
 def test_every_hostile_program_in_a_weaker_sandbox(weaker, places, name):
     attack(weaker, name, places)
 
@@ -163,14 +160,12 @@ def test_start_says_what_holds(caplog):
 
 def test_strict_refuses_a_machine_without_namespaces(monkeypatch):
     without_namespaces(monkeypatch)
-    monkeypatch.setattr(pool.shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match=r"reward.sandbox=strict cannot be had .* no mount namespace .*best_effort"):
         Sandbox(RewardSection(**FAST))
 
 
 def test_best_effort_says_what_does_not_hold(monkeypatch):
     without_namespaces(monkeypatch)
-    monkeypatch.setattr(pool.shutil, "which", lambda name: None)
     sandbox = open_sandbox(sandbox="best_effort")
     sandbox.close()
     assert "not: " in sandbox.description and "network namespace (Operation not permitted)" in sandbox.description

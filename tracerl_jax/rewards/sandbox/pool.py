@@ -104,6 +104,8 @@ class Sandbox:
         if self.level == "strict" and (missing := self._insufficient()):
             reasons = ", ".join(f"no {MEANING[name]} ({lacks.get(name, 'it does not hold')})" for name in missing)
             raise ConfigError(f"reward.sandbox=strict cannot be had on this machine: {reasons}; {REMEDY}")
+        if self.level == "best_effort" and (danger := self._danger()):
+            raise ConfigError(f"reward.sandbox=best_effort: {danger}; {REMEDY}")
         self._settings["required"] = [name for name in self.held if not (self._command and name in bubblewrap.HOLDS)]
         size = section.workers or min(16, len(os.sched_getaffinity(0)))
         self._threads = ThreadPoolExecutor(size, thread_name_prefix="sandbox")
@@ -193,6 +195,15 @@ class Sandbox:
     def _insufficient(self) -> list[str]:
         missing = [name for name in STRICT if name not in self.held]
         return missing if {"user", "uid"} & {*self.held} else ["user", *missing]
+
+    def _danger(self) -> str:
+        """What a program could do here that no effort is good enough for."""
+        if os.geteuid() == 0 and not {"mount", "uid"} & {*self.held}:
+            return "programs would run as root and could write anywhere; run as another user, or with a Python " \
+                "installation that other users can read"  # fmt: skip
+        if not {"pid", "uid", "seccomp"} & {*self.held}:
+            return f"programs could end this user's processes; {system_calls.REMEDY}"
+        return ""
 
     def _describe(self, lacks: dict[str, str]) -> str:
         if not self._settings["filter"] and not self._command:

@@ -11,6 +11,7 @@ CLONE_THREAD = 0x10000
 # Creating processes is left out on purpose (threads are allowed): it bounds what a program can do to one process.
 REFUSED = """
     fork vfork execve execveat ptrace process_vm_readv process_vm_writev kcmp pidfd_getfd process_madvise
+    kill tkill tgkill rt_sigqueueinfo rt_tgsigqueueinfo pidfd_send_signal
     socket bind listen connect accept accept4
     unshare setns mount umount umount2 pivot_root chroot move_mount open_tree fsopen fsmount fspick fsconfig mount_setattr
     memfd_create memfd_secret shmget shmat shmctl semget semctl msgget msgctl mq_open

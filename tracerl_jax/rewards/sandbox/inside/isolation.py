@@ -122,8 +122,9 @@ def _show(path: str) -> None:
         call("mount", None, path, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV | kept, None)
 
 
-def own_uid(uid: int) -> None:
-    """Root becomes a user that nobody else is. Raises `OSError` when it may not, or could not read Python then."""
+def own_uid(uid: int, folder: str) -> None:
+    """Root becomes a user that nobody else is, and gives it `folder`. Raises `OSError` when it may not, or could not
+    read Python then."""
     os.setgroups([])
     os.seteuid(uid)
     try:
@@ -132,6 +133,7 @@ def own_uid(uid: int) -> None:
         raise OSError(None, "other users cannot read the Python installation") from error
     finally:
         os.seteuid(0)
+    os.chown(folder, uid, uid)
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
 

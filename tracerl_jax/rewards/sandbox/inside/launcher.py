@@ -121,8 +121,7 @@ def _gate(settings: dict, job: dict, folder: str, reply_fd: int) -> Callable[[],
     if "mount" in found.held:
         folder = kernel.SCRATCH
     if root and "user" not in found.held:
-        os.chown(folder, uid, uid)
-        found.attempt("uid", kernel.own_uid, uid)
+        found.attempt("uid", kernel.own_uid, uid, folder)
     kernel.drop_privileges()
     return _judge(settings, job, found, folder, reply_fd, proc)
 
