@@ -12,7 +12,7 @@ from tracerl_jax.errors import ConfigError
 from tracerl_jax.rewards.sandbox import Sandbox, pool, worker
 from tracerl_jax.rewards.sandbox.inside.isolation import FIRST_UID
 
-FAST = {"code_wall_seconds": 0.6, "code_memory_mb": 256, "workers": 2}
+FAST = {"code_wall_seconds": 0.4, "code_memory_mb": 256, "workers": 2}
 
 SYSTEM_PYTHON = "/usr/bin/python3"  # other users can read it
 NO_NAMESPACES = """

@@ -15,6 +15,7 @@ from tracerl_jax.config import RewardSection
 from tracerl_jax.errors import ConfigError
 from tracerl_jax.rewards.sandbox import Job, Sandbox, pool, system_calls
 
+SECONDS = 0.25  # CPU time of an attack
 TEST = {"test": f"assert f(3) == {ANSWER}", "given": "", "subjects": [], "own_equality": False}
 
 
@@ -73,7 +74,7 @@ def attack(sandbox: Sandbox, name: str, places: dict) -> None:
         pytest.skip(f"needs {' or '.join(sorted(NEEDS[name]))}, and this sandbox has: {sandbox.description}")
     program = hostile_program(name, **places)
     before = left_behind()
-    script, function = sandbox.run([Job(program, 0.4), Job(program, 0.4, test=TEST)])
+    script, function = sandbox.run([Job(program, SECONDS), Job(program, SECONDS, test=TEST)])
     assert not (script.status == "done" and script.exit == 0 and script.output.split() == [str(ANSWER)]), script
     assert function.status in ("failed", "overtime"), function
     assert left_behind() == {**before, "processes": [], "folders": [], "files": []}
@@ -131,9 +132,9 @@ def test_input_and_output_larger_than_pipes(strict):
 
 
 def test_time_begins_when_the_program_starts(strict):
-    """Thirty programs that need half their limit, on two workers."""
+    """Sixteen programs that need half their limit, on two workers."""
     program = "import time\nend = time.process_time() + 0.1\nwhile time.process_time() < end: pass\nprint(1)"
-    assert {reply.output for reply in strict.run([Job(program, 0.2)] * 30)} == {"1\n"}
+    assert {reply.output for reply in strict.run([Job(program, 0.2)] * 16)} == {"1\n"}
 
 
 def test_program_may_not_wait_longer_than_allowed(strict):
