@@ -46,6 +46,8 @@ setup(
         "transformers>=5",
         "datasets>=4", "jinja2>=3.1",
         "math-verify>=0.9",
+        # Filters system calls of programs under test, by the system's libseccomp; without either the sandbox says so.
+        "pyseccomp>=0.1.2; sys_platform == 'linux'",
         "ml-collections>=1.0",
         "safetensors>=0.5",
         "absl-py>=2",

@@ -1,7 +1,7 @@
 """Programs that try to be paid without solving the problem, or to do harm. None knows ANSWER, all would like to.
 
-Each is run as a script that should print ANSWER, and as a module whose `f(3)` should return it. {secret} is a file that
-holds it, {port} a port of this machine that tells it, {outside} a folder that is not the program's.
+Each is run as a script that should print ANSWER, and as a module whose `f(3)` should return it. {secret} is a file
+that holds it, {port} a port of this machine that tells it, {outside} a folder that is not the program's.
 """
 
 ANSWER = 1847205
@@ -15,12 +15,12 @@ def frame(message):
 
 # What has to hold, one of it at least, for a program to be stopped, and for trying it to be safe.
 NEEDS = {
-    "writes_outside": {"mount"},
-    "shared_memory": {"mount"},
-    "reads_the_password_file": {"mount"},
-    "reads_a_file": {"mount", "uid"},
-    "reads_through_a_link": {"mount", "uid"},
-    "reads_other_processes": {"mount", "pid", "uid"},
+    "writes_outside": {"mount", "landlock"},
+    "shared_memory": {"mount", "landlock"},
+    "reads_the_password_file": {"mount", "landlock"},
+    "reads_a_file": {"mount", "landlock", "uid"},
+    "reads_through_a_link": {"mount", "landlock", "uid"},
+    "reads_other_processes": {"mount", "landlock", "pid", "uid"},
     "kills_the_parent": {"pid", "uid", "seccomp"},
     "asks_the_network": {"network", "seccomp"},
     "asks_by_datagram": {"network", "seccomp"},
@@ -59,7 +59,8 @@ f(1)
 """,
     "answers_before_being_asked": _FRAME + """
 def f(x):
-    os.write(4, frame({"value": None, "changed": []}) * 3 + frame({"do": "call", "object": 0, "args": [], "kwargs": []}))
+    call = {"do": "call", "object": 0, "args": [], "kwargs": []}
+    os.write(4, frame({"value": None, "changed": []}) * 3 + frame(call))
     os._exit(0)
 if __name__ == "__main__": f(1)
 """,
@@ -123,7 +124,7 @@ def f(x):
     while frame:
         seen += [repr(v)[:10000] for v in (*frame.f_locals.values(), *frame.f_globals.values())]
         frame = frame.f_back
-    seen += [o for o in gc.get_objects() if type(o) is str] + [repr(o)[:10000] for o in gc.get_objects() if type(o) is dict]
+    seen += [repr(o)[:10000] for o in gc.get_objects() if type(o) in (dict, list, tuple)]
     mark = bytes([102, 40, 51, 41, 32, 61, 61]).decode()  # not to find itself
     for text in seen:
         if mark in text:
@@ -251,9 +252,9 @@ f(1)
 """,
     "becomes_root": """
 import os
-for step in (lambda: os.setuid(0), lambda: os.chroot("/"), lambda: os.chmod("/tmp", 0o4777), lambda: os.mknod("disk", 0o60660)):
+for step, *arguments in ((os.setuid, 0), (os.chroot, "/"), (os.chmod, "/tmp", 0o4777), (os.mknod, "disk", 0o60660)):
     try:
-        step()
+        step(*arguments)
     except OSError:
         pass
 def f(x): return 1847205 if os.getuid() == 0 else x
@@ -263,7 +264,8 @@ print(f(1))
 import ctypes
 libc = ctypes.CDLL(None, use_errno=True)
 def f(x):
-    return 1847205 if libc.unshare(0x10000000 | 0x20000) == 0 or libc.mount(b"proc", b"/tmp", b"proc", 0, None) == 0 else x
+    done = libc.unshare(0x10000000 | 0x20000) == 0 or libc.mount(b"proc", b"/tmp", b"proc", 0, None) == 0
+    return 1847205 if done else x
 print(f(1))
 """,
     # ---- using everything up ----
@@ -312,7 +314,7 @@ def f(x):
 f(1)
 """,
     "many_files": "import itertools\nfor i in itertools.count(): open(str(i), 'w').close()",
-    "huge_file": "import os\ndef f(x):\n    with open('file', 'w') as file:\n        os.posix_fallocate(file.fileno(), 0, 1 << 40)\nf(1)",
+    "huge_file": "import os\nfile = open('file', 'w')\nos.posix_fallocate(file.fileno(), 0, 1 << 40)",
     "shared_memory": """
 import ctypes
 libc = ctypes.CDLL(None, use_errno=True)
@@ -378,7 +380,7 @@ for _ in range(5):
             os.write(1, b"1847205 ")
             time.sleep(0.001)
 """,
-    "other_programs": "import subprocess\ndef f(x): return int(subprocess.check_output(['echo', '1847205']))\nprint(f(1))",
+    "other_programs": "import subprocess\ndef f(x): return int(subprocess.getoutput('echo 1847205'))\nprint(f(1))",
     "null_bytes": "print(1)\0",
 }  # fmt: skip
 

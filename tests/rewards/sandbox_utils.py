@@ -20,7 +20,8 @@ import errno, os, sys
 sys.path += {path!r}
 import pyseccomp
 rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
-rules.add_rule(pyseccomp.ERRNO(errno.EPERM), "unshare")
+for name in {calls!r}:
+    rules.add_rule(pyseccomp.ERRNO(errno.EPERM), name)
 rules.load()
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
@@ -34,11 +35,14 @@ def open_sandbox(**section) -> Sandbox:
         pytest.skip(str(error))
 
 
-def without_namespaces(monkeypatch) -> None:
-    """A machine whose kernel makes no namespaces, as in a Docker container with the default settings."""
+def without_namespaces(monkeypatch, *more: str) -> None:
+    """A machine whose kernel makes no namespaces, as in a Docker container with the default settings; nor does it
+    know the system calls `more`."""
     pytest.importorskip("pyseccomp", exc_type=(ImportError, RuntimeError))
     python = SYSTEM_PYTHON if os.geteuid() == 0 and os.path.exists(SYSTEM_PYTHON) else sys.executable
-    monkeypatch.setattr(worker, "PYTHON", (python, "-c", NO_NAMESPACES.format(path=sys.path), "-s"))
+    monkeypatch.setattr(
+        worker, "PYTHON", (python, "-c", NO_NAMESPACES.format(path=sys.path, calls=("unshare", *more)), "-s")
+    )
     monkeypatch.setattr(pool.shutil, "which", lambda name: None)  # no bubblewrap either
 
 
@@ -59,9 +63,7 @@ def left_behind() -> dict[str, list]:
         "folders": [str(p) for launcher in launchers for p in Path("/tmp").glob(f"program-{launcher}-*")],
         "files": [str(p) for folder in ("/", "/tmp", "/dev/shm") for p in Path(folder).glob("sandbox-escape*")],
         "mounts": Path("/proc/self/mountinfo").read_text().splitlines(),
-        "ipc": [
-            line for kind in ("shm", "sem", "msg") for line in Path(f"/proc/sysvipc/{kind}").read_text().splitlines()[1:]
-        ],
+        "ipc": [Path(f"/proc/sysvipc/{kind}").read_text().splitlines()[1:] for kind in ("shm", "sem", "msg")],
     }
 
 

@@ -1,4 +1,4 @@
-"""The rewards `code` and `code_share`: judged cases, real tasks, programs that would decide about their own reward, rows."""
+"""The rewards `code` and `code_share`: judged cases, real tasks, programs that would judge themselves, rows."""
 
 import json
 import os
@@ -57,13 +57,12 @@ def test_judged_case(graded_cases, sandbox, case):
 # ---- real tasks ----
 
 
-@pytest.mark.parametrize("task, style", [
-    ("humaneval_20", "continuation"), ("humaneval_20", "whole program"), ("humaneval_20", "open block"), ("mbpp_20", "block"),
-])  # fmt: skip
+STYLES = [("humaneval", "continuation"), ("humaneval", "whole program"), ("humaneval", "open block"), ("mbpp", "block")]
+
+
+@pytest.mark.parametrize("task, style", STYLES)
 def test_reference_solutions_pass(task, style):
-    rows = rows_of(f"{task}.jsonl")
-    graded = code.grade([answer(row, style) for row in rows], [ours(row) if style == "open block" else row for row in rows])
-    assert {row["task_id"]: result.detail for row, result in zip(rows, graded, strict=True) if not all(result.passed)} == {}
+    assert failing(rows_of(f"{task}_20.jsonl"), style) == {}
 
 
 def test_wrong_solutions_fail():
@@ -73,16 +72,21 @@ def test_wrong_solutions_fail():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variable, style, broken", [
-    ("TEST_HUMANEVAL", "continuation", set()), ("TEST_HUMANEVAL", "open block", set()), ("TEST_MBPP", "block", set()),
-])  # fmt: skip
-def test_all_reference_solutions_pass(variable, style, broken):
-    """Of a whole data set: the variable names a JSONL file with the fields of humaneval_20.jsonl or mbpp_20.jsonl."""
+@pytest.mark.parametrize("task, style", STYLES)
+def test_all_reference_solutions_pass(task, style):
+    """Of a whole data set: TEST_HUMANEVAL, TEST_MBPP name JSONL files with the fields of humaneval_20 and mbpp_20."""
+    variable = f"TEST_{task.upper()}"
     if variable not in os.environ:
         pytest.skip(f"{variable} does not name a file")
-    rows = rows_of(os.environ[variable])
-    graded = code.grade([answer(row, style) for row in rows], [ours(row) if style == "open block" else row for row in rows])
-    assert {row["task_id"]: result.detail for row, result in zip(rows, graded, strict=True) if not all(result.passed)} == {}
+    assert failing(rows_of(os.environ[variable]), style) == {}
+
+
+def failing(rows: list[dict], style: str) -> dict[object, str]:
+    """Reference solutions that fail, and why, by the task's number."""
+    graded = code.grade(
+        [answer(row, style) for row in rows], [ours(row) if style == "open block" else row for row in rows]
+    )
+    return {row["task_id"]: one.detail for row, one in zip(rows, graded, strict=True) if not all(one.passed)}
 
 
 def answer(row: dict, style: str) -> str:
@@ -96,8 +100,8 @@ def answer(row: dict, style: str) -> str:
 def ours(row: dict) -> dict:
     """A row of HumanEval in the format of dLLM-RL: the prefix opens a block, one test that calls its own check."""
     return {
-        "question": "Complete this code.", "prefix": f"Here it is:\n{FENCE}python\n{row['prompt']}", "test_time_limit": 2,
-        "test_method": "function", "test_list": [f"{row['test']}\n\ncheck({row['entry_point']})"],
+        "question": "Complete this code.", "prefix": f"Here it is:\n{FENCE}python\n{row['prompt']}",
+        "test_time_limit": 2, "test_method": "function", "test_list": [f"{row['test']}\n\ncheck({row['entry_point']})"],
     }  # fmt: skip
 
 
@@ -115,29 +119,96 @@ def f(x): return Always()
 """
 
 
-@pytest.mark.parametrize("program, test", [
-    (ALWAYS, "assert f(1) == 2"),
-    (ALWAYS, "assert 2 == f(1)"),
-    (ALWAYS, "assert f(1) in [2, 3]"),
-    (ALWAYS, "assert not f(1) != 2"),
-    (ALWAYS, "assert f(1) < 3"),
-    (ALWAYS, "assert abs(f(1) - 3.14) < 1e-6"),
-    (ALWAYS, "import math\nassert math.isclose(f(1), 3.14)"),
-    (ALWAYS, "assert f(1) == [1, 2]"),
-    (ALWAYS, "assert isinstance(f(1), int)"),
-    (ALWAYS + "def f(x): return [Always()]", "assert f(1) == [2]"),
-    (ALWAYS + "def f(x): return {'a': Always()}", "assert f(1) == {'a': 2}"),
-    ("def f(x): return 7\nabs = len = lambda *a: 0", "assert abs(f(1) - 3.14) < 1e-6"),
-    ("def f(x): return 7\ndef check(f): pass", "def check(g):\n    assert g(1) == 2\ncheck(f)"),
-    ("def f(x): return 7\nimport math\nmath.isclose = lambda *a: True", "assert math.isclose(f(1), 3.14)"),
-    ("def f(x): return 7\nclass math:\n    isclose = lambda *a: True", "assert math.isclose(f(1), 3.14)"),
-    ("def f(x): return 7\nAssertionError = isinstance = sorted = lambda *a: True", "assert isinstance(f(1), str)"),
-    ("def f(x): raise AssertionError", "try:\n    f(1)\nexcept ValueError:\n    pass"),
-    ("import os\ndef f(x): os._exit(0)", "try:\n    f(1)\nexcept BaseException:\n    pass"),
-    ("def f(x):\n    while True: pass", "try:\n    f(1)\nexcept BaseException:\n    pass"),
-    ("def f(g):\n    g.__globals__['wanted'] = 7\n    return 7", "wanted = 2\nassert f(lambda: 1) == wanted"),
-    ("def f(g):\n    g.__self__.clear()\n    return []", "wanted = [2]\nassert f(wanted.append) == wanted"),
-])  # fmt: skip
+@pytest.mark.parametrize("test", """
+assert f(1) == 2
+assert 2 == f(1)
+assert f(1) in [2, 3]
+assert not f(1) != 2
+assert f(1) < 3
+assert abs(f(1) - 3.14) < 1e-6
+assert __import__("math").isclose(f(1), 3.14)
+assert f(1) == [1, 2]
+assert isinstance(f(1), int)
+assert [f(1)] == [2]
+assert {"a": f(1)} == {"a": 2}
+""".split("\n")[1:-1])  # fmt: skip
+def test_object_that_agrees_to_everything_gets_nothing(test):
+    (graded,) = code.grade([ALWAYS], [{"test_list": [test], "test_time_limit": 0.5}])
+    assert graded.passed == (False,)
+
+
+def pairs(text: str) -> list[tuple[str, str]]:
+    """(program, test), which a line of `--` parts."""
+    return [tuple(part.strip() for part in pair.split("\n--\n")) for pair in text.split("\n====\n")]
+
+
+@pytest.mark.parametrize("program, test", pairs("""
+def f(x): return 7
+abs = len = lambda *a: 0
+--
+assert abs(f(1) - 3.14) < 1e-6
+====
+def f(x): return 7
+def check(f): pass
+--
+def check(g):
+    assert g(1) == 2
+check(f)
+====
+def f(x): return 7
+import math
+math.isclose = lambda *a: True
+--
+assert math.isclose(f(1), 3.14)
+====
+def f(x): return 7
+class math:
+    isclose = lambda *a: True
+--
+assert math.isclose(f(1), 3.14)
+====
+def f(x): return 7
+AssertionError = isinstance = sorted = lambda *a: True
+--
+assert isinstance(f(1), str)
+====
+def f(x): raise AssertionError
+--
+try:
+    f(1)
+except ValueError:
+    pass
+====
+import os
+def f(x): os._exit(0)
+--
+try:
+    f(1)
+except BaseException:
+    pass
+====
+def f(x):
+    while True: pass
+--
+try:
+    f(1)
+except BaseException:
+    pass
+====
+def f(g):
+    g.__globals__["wanted"] = 7
+    return 7
+--
+wanted = 2
+assert f(lambda: 1) == wanted
+====
+def f(g):
+    g.__self__.clear()
+    return []
+--
+wanted = [2]
+assert f(wanted.append) == wanted
+"""))  # fmt: skip
 def test_program_does_not_decide_about_its_reward(program, test):
     (graded,) = code.grade([program], [{"test_list": [test], "test_time_limit": 0.5}])
     assert graded.passed == (False,)
@@ -151,24 +222,93 @@ def test_helpers_of_the_problem_are_not_the_programs():
     assert graded.passed == (False,)
 
 
-@pytest.mark.parametrize("program, test", [
-    ("class Stack:\n    def __init__(self): self.a = []\n    def push(self, x): self.a.append(x)\n    def __len__(self): return len(self.a)",
-     "s = Stack(); s.push(1); s.push(2)\nassert len(s) == 2 and s.a == [1, 2]"),
-    ("class V:\n    def __init__(self, x): self.x = x\n    def __add__(self, o): return V(self.x + o.x)\n    def __eq__(self, o): return self.x == o.x",
-     "assert V(1) + V(2) == V(3) and V(1) != V(2)"),
-    ("def f(a): a.sort(); a.append(9)", "a = [3, 1]\nf(a)\nassert a == [1, 3, 9]"),
-    ("def f(n):\n    for i in range(n): yield i", "assert list(f(3)) == [0, 1, 2] and next(f(1)) == 0 and 2 in f(3)"),
-    ("def f(g, xs): return [g(x) for x in xs]", "assert f(lambda x: x * 2, (1, 2)) == [2, 4]"),
-    ("def f(n): return lambda x: x + n", "assert f(2)(3) == 5"),
-    ("def f(): raise ValueError('no')", "try:\n    f()\n    assert False\nexcept ValueError as e:\n    assert str(e) == 'no'"),
-    ("class Odd(KeyError): pass\ndef f(): raise Odd('x')", "try:\n    f()\n    assert False\nexcept KeyError:\n    pass"),
-    ("def sum(a, b): return a - b", "assert sum(10, 15) == -5"),
-    ("import numpy as np\ndef f(): return np.float64(1.5), np.int64(2), np.bool_(True)", "assert f() == (1.5, 2, True)"),
-    ("def f(x): return x", "for x in (2**200, -1.5, float('inf'), 1j, b'a\\xff', {1: (2,)}, {(1, 2)}, None, 'a\\ud800', range(3)):\n    assert f(x) == x and type(f(x)) is type(x)"),
-    ("def f(x): return x", "import datetime, decimal, fractions, collections\nfor x in (datetime.date(2024, 2, 29), datetime.timedelta(1, 2, 3), decimal.Decimal('0.1'), fractions.Fraction(1, 3), collections.Counter('aab'), collections.deque([1])):\n    assert f(x) == x and type(f(x)) is type(x)"),
-    ("def f(n): return 1 if n == 0 else 1 + f(n - 1)", "assert f(980) == 981"),
-    ("from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int", "assert P(1) == P(1) and P(2).x == 2"),
-])  # fmt: skip
+@pytest.mark.parametrize("program, test", pairs("""
+class Stack:
+    def __init__(self): self.a = []
+    def push(self, x): self.a.append(x)
+    def __len__(self): return len(self.a)
+--
+s = Stack(); s.push(1); s.push(2)
+assert len(s) == 2 and s.a == [1, 2]
+====
+class V:
+    def __init__(self, x): self.x = x
+    def __add__(self, o): return V(self.x + o.x)
+    def __eq__(self, o): return self.x == o.x
+--
+assert V(1) + V(2) == V(3) and V(1) != V(2)
+====
+from dataclasses import dataclass
+@dataclass
+class P:
+    x: int
+--
+assert P(1) == P(1) and P(2).x == 2
+====
+def f(a): a.sort(); a.append(9)
+--
+a = [3, 1]
+f(a)
+assert a == [1, 3, 9]
+====
+def f(n):
+    for i in range(n): yield i
+--
+assert list(f(3)) == [0, 1, 2] and next(f(1)) == 0 and 2 in f(3)
+====
+def f(g, xs): return [g(x) for x in xs]
+--
+assert f(lambda x: x * 2, (1, 2)) == [2, 4]
+====
+def f(n): return lambda x: x + n
+--
+assert f(2)(3) == 5
+====
+def f(): raise ValueError("no")
+--
+try:
+    f()
+    assert False
+except ValueError as e:
+    assert str(e) == "no"
+====
+class Odd(KeyError): pass
+def f(): raise Odd("x")
+--
+try:
+    f()
+    assert False
+except KeyError:
+    pass
+====
+def sum(a, b): return a - b
+--
+assert sum(10, 15) == -5
+====
+import numpy as np
+def f(): return np.float64(1.5), np.int64(2), np.bool_(True)
+--
+assert f() == (1.5, 2, True)
+====
+def f(n): return 1 if n == 0 else 1 + f(n - 1)
+--
+assert f(980) == 981
+====
+def f(x): return x
+--
+for x in (2**200, -1.5, float("inf"), 1j, b"a\\xff", {1: (2,)}, {(1, 2)}, None, "a\\ud800", range(3)):
+    assert f(x) == x and type(f(x)) is type(x)
+====
+def f(x): return x
+--
+from collections import Counter, OrderedDict, deque
+from datetime import date, timedelta
+from decimal import Decimal
+from fractions import Fraction
+dates = date(2024, 2, 29), timedelta(1, 2)
+for x in (*dates, Decimal("0.1"), Fraction(1, 3), Counter("aab"), OrderedDict(a=1), deque([1])):
+    assert f(x) == x and type(f(x)) is type(x)
+"""))  # fmt: skip
 def test_honest_program_passes(program, test):
     (graded,) = code.grade([program], [{"test_list": [test]}])
     assert graded.passed == (True,), graded.detail
@@ -190,7 +330,8 @@ def test_own_equality_believes_objects_of_the_program():
 def test_rewards_by_name():
     row = {"test_list": ["assert f(1) == 2", "assert f(2) == 3", "assert f(5) == 0"], "test_time_limit": 0.5}
     result = score(
-        {"code": 1.0, "code_share": 0.0}, ["p"] * 3, ["def f(x): return x + 1", "def f(x): return 0", "def f(x): return x + 1"],
+        {"code": 1.0, "code_share": 0.0}, ["p"] * 3,
+        ["def f(x): return x + 1", "def f(x): return 0", "def f(x): return x + 1"],
         [row, row, {**row, "test_list": row["test_list"][:2]}],
     )  # fmt: skip
     assert [*result.total] == [0, 0, 1]
@@ -218,7 +359,8 @@ def test_unusable_row_gives_no_verdict(row, problem):
 
 
 def test_usable_rows():
-    assert [check_row("code", row) for row in (*rows_of("humaneval_20.jsonl"), *rows_of("mbpp_20.jsonl"), *CASES)] == [""] * 105
+    rows = [*rows_of("humaneval_20.jsonl"), *rows_of("mbpp_20.jsonl"), *CASES]
+    assert {check_row("code", row) for row in rows} == {""}
 
 
 @pytest.mark.parametrize("completion, prefix, program", [

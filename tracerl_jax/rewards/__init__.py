@@ -1,6 +1,6 @@
 """Verifiable rewards: a registry of functions and the built-in ones."""
 
-from tracerl_jax.rewards import exact, math, shape
+from tracerl_jax.rewards import code, exact, math, shape
 from tracerl_jax.rewards.registry import (
     RewardResult,
     Verdict,
@@ -15,6 +15,7 @@ __all__ = [
     "RewardResult",
     "Verdict",
     "check_row",
+    "code",
     "exact",
     "get_reward",
     "math",

@@ -5,7 +5,8 @@ The program is taken from the completion by programs.py and runs in the sandbox,
 
 - "function": `test_list` (or `tests`, `test`) holds statements, one text per test, none of which may raise; with
   `entry_point`, a test may define `check(candidate)` instead, as HumanEval does.
-- "stdio": the program reads `test_input[i]` and must print `test_output[i]`, compared word by word, and end with status 0.
+- "stdio": the program reads `test_input[i]` and must print `test_output[i]`, compared word by word, and end with
+  status 0.
 
 `test_time_limit` is the CPU time of a test in seconds, `prefix` the beginning of the program, which the completion
 continues. The rows of HumanEval (`prompt`, `test`, `entry_point`) and MBPP (`test_list`, `test_setup_code`,
@@ -50,7 +51,7 @@ _sandbox: Sandbox | None = None
 
 
 def start() -> None:
-    """Starts the sandbox, as the first batch would. Raises `ConfigError` when it cannot be what the settings ask for."""
+    """Starts the sandbox, as the first batch would. Raises `ConfigError` when it cannot be as the settings ask."""
     global _sandbox
     if _sandbox is None:
         _sandbox = Sandbox(settings.current())
@@ -220,7 +221,7 @@ def _cases(row: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
     inputs, outputs = _texts(row, "test_input"), _texts(row, "test_output")
     if not inputs or len(inputs) != len(outputs):
         raise DataError(
-            f"test_input has {len(inputs)} texts and test_output {len(outputs)}: a stdio task needs as many, at least one"
+            f"test_input has {len(inputs)} texts and test_output {len(outputs)}: a stdio task needs as many, and one"
         )
     return tuple(zip(inputs, outputs, strict=True))
 

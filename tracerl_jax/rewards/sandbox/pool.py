@@ -20,12 +20,12 @@ from tracerl_jax.rewards.sandbox.worker import START_SECONDS, Worker, WorkerDied
 
 logger = logging.getLogger(__name__)
 
-ALL = ("user", "uid", "mount", "pid", "network", "ipc", "uts", "seccomp", "limits")
+ALL = ("user", "uid", "mount", "landlock", "pid", "network", "ipc", "uts", "seccomp", "limits")
 STRICT = ("mount", "pid", "network", "limits")  # and one of user and uid
 MEANING = {
-    "user": "user namespace", "uid": "user of its own", "mount": "mount namespace", "pid": "PID namespace",
-    "network": "network namespace", "ipc": "IPC namespace", "uts": "UTS namespace", "seccomp": "seccomp",
-    "limits": "resource limits",
+    "user": "user namespace", "uid": "user of its own", "mount": "mount namespace", "landlock": "Landlock",
+    "pid": "PID namespace", "network": "network namespace", "ipc": "IPC namespace", "uts": "UTS namespace",
+    "seccomp": "seccomp", "limits": "resource limits",
 }  # fmt: skip
 REMEDY = (
     "let users make namespaces (sysctl kernel.unprivileged_userns_clone=1, on Ubuntu "
@@ -50,6 +50,7 @@ def interfaces():
         return []
 print(json.dumps({
     "mount": not os.path.exists("/etc/passwd") and not works(os.mkdir, "/probe"),
+    "landlock": not works(open, "/etc/passwd") and not works(os.mkdir, "/probe"),
     "pid": os.getpid() < 10,
     "network": interfaces() in ([], ["lo"]),
     "seccomp": not works(os.chroot, "/") and not works(socket.socket),
@@ -130,7 +131,7 @@ class Sandbox:
     def _run(self, job: Job) -> Reply:
         worker = self._idle.get()
         try:
-            for attempt in range(2):
+            for _ in range(2):
                 worker = worker or self._start()
                 reply = self._try(worker, job)
                 if reply.status == "broken" or not self._reusable:
@@ -198,7 +199,7 @@ class Sandbox:
 
     def _danger(self) -> str:
         """What a program could do here that no effort is good enough for."""
-        if os.geteuid() == 0 and not {"mount", "uid"} & {*self.held}:
+        if os.geteuid() == 0 and not {"mount", "landlock", "uid"} & {*self.held}:
             return "programs would run as root and could write anywhere; run as another user, or with a Python " \
                 "installation that other users can read"  # fmt: skip
         if not {"pid", "uid", "seccomp"} & {*self.held}:
@@ -208,7 +209,8 @@ class Sandbox:
     def _describe(self, lacks: dict[str, str]) -> str:
         if not self._settings["filter"] and not self._command:
             lacks = {**lacks, "seccomp": system_calls.REMEDY}
-        relevant = [name for name in ALL if name not in self.held and (name not in ("user", "uid") or name in lacks)]
+        optional = ("user", "uid", "landlock")  # one takes another's place
+        relevant = [name for name in ALL if name not in self.held and (name not in optional or name in lacks)]
         without = [f"{MEANING[name]} ({lacks[name]})" if name in lacks else MEANING[name] for name in relevant]
         by = " (by bubblewrap)" if not self._settings["namespaces"] else ""
         text = f"{', '.join(MEANING[name] for name in self.held) or 'nothing'} hold{by}"

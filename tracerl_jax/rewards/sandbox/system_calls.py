@@ -13,8 +13,8 @@ REFUSED = """
     fork vfork execve execveat ptrace process_vm_readv process_vm_writev kcmp pidfd_getfd process_madvise
     kill tkill tgkill rt_sigqueueinfo rt_tgsigqueueinfo pidfd_send_signal
     socket bind listen connect accept accept4
-    unshare setns mount umount umount2 pivot_root chroot move_mount open_tree fsopen fsmount fspick fsconfig mount_setattr
-    memfd_create memfd_secret shmget shmat shmctl semget semctl msgget msgctl mq_open
+    unshare setns mount umount umount2 pivot_root chroot move_mount open_tree fsopen fsmount fspick fsconfig
+    mount_setattr memfd_create memfd_secret shmget shmat shmctl semget semctl msgget msgctl mq_open
     add_key request_key keyctl bpf perf_event_open userfaultfd io_uring_setup io_uring_enter io_uring_register
     open_by_handle_at name_to_handle_at fanotify_init quotactl personality acct swapon swapoff reboot kexec_load
     kexec_file_load init_module finit_module delete_module syslog settimeofday clock_settime clock_adjtime adjtimex

@@ -51,8 +51,8 @@ def _describe(error: BaseException) -> str:
 
 
 def _namespace(test: dict, peer: Peer) -> dict:
-    """Globals of a test. A name it uses and does not define means, in this order: a subject, which is the program's; what
-    the problem gives; a module of the standard library, where it is used as one; the program's."""
+    """Globals of a test. A name it uses and does not define means, in this order: a subject, which is the program's;
+    what the problem gives; a module of the standard library, where it is used as one; the program's."""
     names = {"__name__": "test"}
     try:
         exec(compile(test["given"], "problem", "exec"), names)

@@ -5,8 +5,8 @@ message holds the tests; only the judge reads it, when the program's process is 
 
 Settings: `paths` that programs see and `packages`, more of them, on their `sys.path` (default: this Python's); `filter`
 (BPF, hex, or ""); `namespaces`, whether to try them; `required`, the names without which nothing is run.
-Job: `kind` "script" or "function", `program`, `input`, `cpu_seconds`, `wait_seconds`, `memory_bytes`; its second message:
-see examine.py, or null. Reply: `status`, `detail`, ...
+Job: `kind` "script" or "function", `program`, `input`, `cpu_seconds`, `wait_seconds`, `memory_bytes`; its second
+message: see examine.py, or null. Reply: `status`, `detail` and more, and what isolation `held` and what it `lacks`.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ def serve() -> Callable[[], None] | None:
     os.environ.clear()
     os.environ.update(ENVIRONMENT)
     settings["packages"] = settings["packages"] or [path for path in site.getsitepackages() if os.path.isdir(path)]
-    sys.path += settings["packages"]
+    sys.path = [*filter(None, sys.path), *settings["packages"]]  # not the current folder: it will be a program's
     sys.dont_write_bytecode = True
     settings["paths"] = _visible(settings["paths"] or _runtime(settings["packages"]))
     kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
@@ -180,6 +180,8 @@ def _settle(settings, job, found: Isolation, folder: str, pipes: tuple, ready: i
     tempfile.tempdir = folder
     found.attempt("limits", kernel.limit_resources, math.ceil(job["cpu_seconds"]) + 1, job["memory_bytes"])
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    if "mount" not in found.held and settings["namespaces"]:
+        found.attempt("landlock", kernel.restrict_files, settings["paths"], folder)
     if settings["filter"]:
         found.attempt("seccomp", kernel.filter_system_calls, bytes.fromhex(settings["filter"]))
     write_frame(ready, [host_pid, found.held, found.lacks])

@@ -1,9 +1,9 @@
 """Calls between the tests and the program under test, in two processes, with data only.
 
-Numbers, texts, bytes, None and the containers and number types of `_TYPES` are copied. Of anything else that the program
-has (functions, classes, their objects, iterators) the tests get a `Remote`, which forwards what is done with it. The
-program gets copies too, and of a test's functions a `Remote` that it can call and nothing else. After a call, lists and
-other mutable arguments are made equal to what the program made of them.
+Numbers, texts, bytes, None and the containers and number types of `_TYPES` are copied. Of anything else that the
+program has (functions, classes, their objects, iterators) the tests get a `Remote`, which forwards what is done with
+it. The program gets copies too, and of a test's functions a `Remote` that it can call and nothing else. After a call,
+lists and other mutable arguments are made equal to what the program made of them.
 
 Whatever arrives is checked: nothing that the other side sends can be more than data.
 """
@@ -83,7 +83,7 @@ _UNARY = {
 }  # fmt: skip
 _ITEM = {"__getitem__": operator.getitem, "__setitem__": operator.setitem, "__delitem__": operator.delitem}
 _BINARY = {f"__{name}__": getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift"):
+for _name in "add sub mul truediv floordiv mod pow matmul and_ or_ xor lshift rshift".split():
     _function = getattr(operator, _name)
     _BINARY[f"__{_name.rstrip('_')}__"] = _function
     _BINARY[f"__r{_name.rstrip('_')}__"] = lambda value, other, function=_function: function(other, value)

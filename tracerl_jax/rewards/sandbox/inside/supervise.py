@@ -16,7 +16,7 @@ MAX_PIPE = 1 << 20
 
 @dataclass
 class Program:
-    """The process of a program, seen from its judge. `folder` is a scratch folder whose size the kernel does not limit."""
+    """The process of a program, seen from its judge. `folder` is its scratch folder, if that has no limit."""
 
     pid: int
     clock: Clock
