@@ -158,6 +158,7 @@ def _judged(
             "correct": None if np.isnan(verdicts[i]) else bool(verdicts[i] >= 1),
             "reward": scored.total[i],
             "rewards": {name: values[i] for name, values in scored.by_name.items()},
+            "details": {name: details[i] for name, details in scored.details.items()},
             **traces[i].to_row(),
         })
         for i, problem in enumerate(problems)
