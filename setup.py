@@ -16,6 +16,9 @@ COMPILERS = [
     )
 ]
 
+# The harness without its extra "hf", which would bring torch.
+HARNESS = ["lm-eval>=0.4.10"]
+
 SERVER = ["starlette>=0.46", "uvicorn>=0.34", "prometheus-client>=0.21"]
 
 # A top-level package called `kernels` would hide the Hugging Face package of that name from transformers and pip. So
@@ -60,12 +63,13 @@ setup(
         # refuses some kernels. It needs NVIDIA driver 580; with an older one: pip install "jax[cuda12]".
         "cuda": ["jax[cuda13]"],
         "serve": SERVER,
+        "eval": HARNESS,
         "wandb": ["wandb>=0.19"],
         "tensorboard": ["tensorboardX>=2.6"],
         "plan": COMPILERS,
         # setuptools builds the wheels of tests/packaging without a network.
         "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "scipy>=1.14", "ruff>=0.9", "setuptools>=70.1"]
-        + ["openai>=2", "httpx>=0.28"] + SERVER + COMPILERS,
+        + ["openai>=2", "httpx>=0.28"] + SERVER + HARNESS + COMPILERS,
     },
     entry_points={"console_scripts": ["tracerl=tracerl_jax.launch.cli:main"]},
     classifiers=[

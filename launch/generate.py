@@ -62,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
 
     from tracerl_jax.diffusion.trace import broken_traces
     from tracerl_jax.files import replacing, to_line
-    from tracerl_jax.interop.hf_load import load_hf
     from tracerl_jax.report.trace_page import trace_page
+    from tracerl_jax.rollout.folder import load_weights
 
     _check_flags(args)
     engine, tokenizer = _engine(args)  # before the weights, which may take minutes: a bad row is named at once
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as files:
         # Opened before anything is decoded: a place that cannot be written is named at once, too.
         output, page = (path and files.enter_context(replacing(path)) for path in (args.output, args.trace))
-        engine.update_params(load_hf(args.model, mesh=engine.model.mesh, dtype=args.dtype)[1])
+        load_weights(engine, args.model)
         started = time.monotonic()
         decode = _counted if args.prompt is None else _shown
         traces = decode(engine, requests, tokenizer)
@@ -107,25 +107,20 @@ def _check_flags(args: argparse.Namespace) -> None:
 def _engine(args: argparse.Namespace):
     """(engine without weights, tokenizer or None)."""
     from tracerl_jax.errors import ConfigError
-    from tracerl_jax.interop.hf_config import read_model_config
-    from tracerl_jax.interop.tokenizer import load_tokenizer, valid_vocab
-    from tracerl_jax.models import Model
-    from tracerl_jax.parallel.mesh import make_mesh
-    from tracerl_jax.rollout.engine import Engine, EngineConfig
+    from tracerl_jax.rollout.folder import open_engine
+    from tracerl_jax.rollout.options import EngineConfig
 
-    model = Model(read_model_config(args.model, dtype=args.dtype, param_dtype=args.dtype), mesh=make_mesh())
-    tokenizer = load_tokenizer(args.model)
-    valid = valid_vocab(tokenizer, model.config.vocab_size)
-    config = EngineConfig(args.slots, commit=args.commit, drafts=args.drafts, valid_vocab=valid)
+    config = EngineConfig(args.slots, commit=args.commit, drafts=args.drafts)
     if args.prompt is not None:
-        if tokenizer is None:
-            raise ConfigError(
-                f"--prompt needs a tokenizer, and {args.model} has none; put its files into the folder, or give token "
-                'ids: --prompts IN.jsonl with rows such as {"prompt_ids": [5, 6, 7]}'
-            )
         slots = min(args.slots, args.num_samples)
         config = dataclasses.replace(config, slots=slots, forwards_per_chunk=STREAM_FORWARDS)
-    return Engine(model, None, config), tokenizer
+    engine, tokenizer = open_engine(args.model, config, args.dtype)
+    if args.prompt is not None and tokenizer is None:
+        raise ConfigError(
+            f"--prompt needs a tokenizer, and {args.model} has none; put its files into the folder, or give token "
+            'ids: --prompts IN.jsonl with rows such as {"prompt_ids": [5, 6, 7]}'
+        )
+    return engine, tokenizer
 
 
 def _rows(args: argparse.Namespace, engine, tokenizer) -> list:

@@ -5,7 +5,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,6 +40,30 @@ def write_json(path: str | os.PathLike, value: Mapping[str, Any]) -> None:
     with replacing(path) as file:
         json.dump(plain(value), file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
+
+
+def append_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Adds lines to a JSONL file; a kill tears no more than the last one. Raises UserError like `replacing`."""
+    text = "".join(to_line(row) for row in rows)
+    with writing(path), open(path, "a", **ENCODING) as file:
+        file.write(text)
+
+
+def cut_torn_line(path: str | os.PathLike) -> None:
+    """Removes the bytes after the last newline, which a killed writer leaves."""
+    if not os.path.exists(path):
+        return
+    with open(path, "rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - 65536)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        file.truncate(end)
 
 
 @contextlib.contextmanager

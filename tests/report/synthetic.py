@@ -79,6 +79,8 @@ def write_run(path: Path, steps: int = 60, samples_every: int = 10) -> Path:
             if step % 10 == 0:
                 log.write(step, {
                     "eval/dynamic/accuracy": 0.34 + 0.36 * progress, "eval/static/accuracy": 0.38 + 0.36 * progress,
+                    "eval/dynamic/accuracy_stderr": 0.03, "eval/static/accuracy_stderr": 0.031,
+                    "eval/dynamic/pass@4": 0.5 + 0.3 * progress, "eval/dynamic/maj@4": 0.4 + 0.3 * progress,
                     "eval/dynamic/tokens_per_step": 2.2 + 0.5 * progress, "eval/static/tokens_per_step": 1.0,
                 }, phase="eval")  # fmt: skip
             if step:
@@ -89,7 +91,7 @@ def write_run(path: Path, steps: int = 60, samples_every: int = 10) -> Path:
         run.update_summary({"eval": {
             "before": {"dynamic": {"accuracy": 0.34, "tokens_per_step": 2.21, "n": 200},
                        "static": {"accuracy": 0.38, "tokens_per_step": 1.0, "n": 200}},
-            "after": {"dynamic": {"accuracy": 0.665, "tokens_per_step": 2.64, "n": 200},
+            "after": {"dynamic": {"accuracy": 0.665, "accuracy_stderr": 0.033, "tokens_per_step": 2.64, "n": 200},
                       "static": {"accuracy": 0.7, "tokens_per_step": 1.0, "n": 200}},
         }})  # fmt: skip
     with open(path / "metrics.jsonl", "a") as file:

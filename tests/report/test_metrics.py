@@ -88,7 +88,8 @@ def test_console_prints_one_plain_line_per_row_when_not_a_terminal():
     stream = io.StringIO()
     console = ConsoleWriter("rl", total_steps=60, stream=stream)
     console.write(12, {"reward": 0.41, "accuracy": 0.625, "policy/kl": 1.2e-3, "seconds/total": 5.14, "x": 1.0}, "rl")
-    console.write(12, {"eval/dynamic/accuracy": 0.61, "eval/dynamic/tokens_per_step": 2.71}, "eval")
+    evaluation = {"eval/dynamic/accuracy": 0.61, "eval/dynamic/no_verdict": 0, "eval/dynamic/tokens_per_step": 2.71}
+    console.write(12, evaluation, "eval")
     console.close()
     assert stream.getvalue().splitlines() == [
         "rl 12/60 | reward 0.410 | accuracy 62.5% | kl 1.2e-03 | s 5.1",

@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
+from tracerl_jax import files
 from tracerl_jax.errors import ConfigError, DataError, UserError
-from tracerl_jax.report import run_dir as module
-from tracerl_jax.report.run_dir import ABSENT, RunDir, compare_configs, is_locked, read_json, read_jsonl
+from tracerl_jax.folder_lock import is_locked
+from tracerl_jax.report.run_dir import ABSENT, RunDir, compare_configs, read_json, read_jsonl
 
 CONFIG = {"seed": 0, "rl": {"steps": 10, "optimizer": {"learning_rate": 1e-6}}, "eval": {"strategies": ("dynamic",)}}
 
@@ -169,7 +170,7 @@ def test_disk_full_while_appending_names_the_file_and_the_remedy(tmp_path, monke
             raise OSError(errno.ENOSPC, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(module, "open", fail, raising=False)
+            patch.setattr(files, "open", fail, raising=False)
             with pytest.raises(UserError, match=r"disk full while writing .*metrics\.jsonl.*last checkpoint"):
                 run.append_metrics([{"step": 1}])
 
@@ -182,7 +183,7 @@ def test_disk_full_while_replacing_keeps_the_old_file(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(module.os, "fsync", fail)
+            patch.setattr(files.os, "fsync", fail)
             with pytest.raises(UserError, match=r"disk full while writing .*summary\.json"):
                 run.update_summary({"a": 2})
         assert read_json(tmp_path / "summary.json")["a"] == 1

@@ -1,22 +1,30 @@
-"""Evaluation: decode the held-out problems, judge the answers, and measure how many tokens a forward gave."""
+"""Evaluation: decode the held-out problems, judge the answers meanwhile, and measure quality and speed."""
 
 import logging
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
 from tracerl_jax.data.prompts import Problem
-from tracerl_jax.diffusion.trace import Trace, broken_traces, tokens_per_denoise_step, tokens_per_forward
+from tracerl_jax.diffusion.trace import Trace
 from tracerl_jax.errors import ConfigError
-from tracerl_jax.rewards import score
+from tracerl_jax.evals.beside import consume_beside
+from tracerl_jax.evals.items import Items, Seconds
+from tracerl_jax.evals.statistics import Score, scores
+from tracerl_jax.files import plain
+from tracerl_jax.rewards import get_answers, score
 from tracerl_jax.rollout.engine import Engine
 from tracerl_jax.rollout.options import Request, SamplingOptions
+from tracerl_jax.rollout.stream import completed
 
 logger = logging.getLogger(__name__)
 
 PROTOCOLS = ("dynamic", "static")
+Row = dict[str, Any]
+Answer = tuple[Problem, Trace]
 
 
 def protocol(
@@ -42,22 +50,52 @@ def protocol(
     return SamplingOptions(max_tokens=max_tokens, block_size=block_size, seed=seed, **own)
 
 
+def samples_of(options: SamplingOptions, wanted: int) -> int:
+    """Answers per problem: one when greedy, as all would be the same."""
+    return wanted if options.temperature else 1
+
+
 @dataclass(frozen=True, eq=False)
 class EvalResult:
-    accuracy: float  # right answers / judged answers, over all problems and samples (avg@k); NaN when none was judged
+    scores: dict[str, Score]  # avg@k, pass@2, .., pass@k, maj@k (statistics.py)
     tokens_per_step: float  # completion tokens per denoise step
     tokens_per_forward: float  # the same per forward, commits included
     response_length: float  # mean, tokens
     truncated_fraction: float  # completions cut at the length limit
+    no_verdict: int  # answers without verdict: in no score, neither right nor wrong
     n: int  # problems
     samples: int  # answers
-    no_verdict: int  # answers without verdict: in no accuracy, neither right nor wrong
-    records: list[dict]  # one row per answer: problem, trace, text, rewards
+    seconds: tuple[Seconds, ...]  # of every start
+    records: list[Row]  # one row per answer, by problem and sample: problem, trace, text, rewards
 
-    def summary(self) -> dict[str, float | int | None]:
-        """Everything but the records, JSON-able: an accuracy that is not known is None."""
-        numbers = {name: value for name, value in vars(self).items() if name != "records"}
-        return numbers | {"accuracy": None if math.isnan(self.accuracy) else self.accuracy}
+    def metrics(self) -> dict[str, float]:
+        """Accuracy (avg@k), pass@j, maj@k and what else the model did, as numbers; NaN is a score not known."""
+        average, *others = self.scores.items()
+        names = ("tokens_per_step", "tokens_per_forward", "response_length", "truncated_fraction", "no_verdict")
+        return {
+            "accuracy": average[1].value,
+            "accuracy_stderr": average[1].stderr,
+            **{name: score.value for name, score in others},
+            **{name: getattr(self, name) for name in names},
+        }
+
+    def summary(self) -> Row:
+        """The same as JSON, every score with its standard error and number of problems; None is a score not known."""
+        single = {name: value for name, value in self.metrics().items() if name not in self.scores}
+        scores = {name: asdict(score) for name, score in self.scores.items()}
+        return plain({**single, "n": self.n, "samples": self.samples, "scores": scores})
+
+    def speed(self) -> Row:
+        """Time, and response tokens per second of decoding. All starts count, so what was decoded in vain does too."""
+        decode, wall = (sum(each) for each in zip(*self.seconds, strict=True)) if self.seconds else (0.0, 0.0)
+        tokens = sum(len(row["ids"]) for row in self.records)
+        return {
+            "tokens": tokens,
+            "tokens_per_second": _ratio(tokens, decode),
+            "decode_seconds": decode,
+            "wall_seconds": wall,
+            "starts": len(self.seconds),
+        }
 
 
 def evaluate(
@@ -69,49 +107,88 @@ def evaluate(
     options: SamplingOptions,
     decode: Callable[[np.ndarray], str],
     samples_per_prompt: int = 1,
-    watch: Callable[[Iterable[Trace]], Iterable[Trace]] = iter,
+    items: Items | None = None,
+    watch: Callable[[Iterable[Answer]], Iterable[Answer]] = iter,
 ) -> EvalResult:
-    """Answers every problem `samples_per_prompt` times (once when greedy: the answers would be the same).
+    """Answers every problem `samples_per_prompt` times (once when greedy), but for what `items` holds already.
 
-    An answer is right when `accuracy_reward` gives it 1 or more. Truncated answers are judged like others.
-    `decode` turns completion ids into text; `watch` wraps the stream of traces (progress, interruption).
+    An answer is right when `accuracy_reward` gives it 1 or more. Truncated answers are judged like others. Answers are
+    judged, and added to `items`, in a thread while others are decoded. `decode` turns completion ids into text; `watch`
+    wraps the stream of decoded answers (progress, interruption).
     """
-    if options.temperature == 0:
-        samples_per_prompt = 1
-    owners = [problem for problem in problems for _ in range(samples_per_prompt)]
-    indices = [index for _ in problems for index in range(samples_per_prompt)]
-    requests = [
-        Request(problem.prompt_ids, options, sample_index=index)
-        for problem, index in zip(owners, indices, strict=True)
-    ]
-    traces = list(watch(engine.generate(requests)))
-    if broken := len(broken_traces(traces)):
-        logger.warning("%d of %d answers mean nothing: the model gave NaN or infinite numbers", broken, len(traces))
-    texts = [decode(trace.ids) for trace in traces]
+    items = Items() if items is None else items
+    k = samples_of(options, samples_per_prompt)
+    done = {(row["index"], row["sample_index"]) for row in items.rows}
+    left = [(problem, i) for problem in problems for i in range(k) if (problem.index, i) not in done]
+    started = time.monotonic()
+
+    def answered() -> Iterator[Answer]:
+        requests = [Request(problem.prompt_ids, options, sample_index=i) for problem, i in left]
+        for finished in completed(engine, requests):
+            passed = time.monotonic() - started
+            items.clock(decode=passed, wall=passed)
+            yield from ((left[index][0], trace) for index, trace in finished.items())
+
+    def judge(batch: list[Answer]) -> None:
+        items.add(_judged(batch, [decode(trace.ids) for _, trace in batch], rewards, accuracy_reward))
+        items.clock(wall=time.monotonic() - started)
+
+    if left:
+        items.begin()
+        consume_beside(watch(answered()), judge)
+        items.end()
+    return summarise(items, k, accuracy_reward)
+
+
+def _judged(
+    batch: Sequence[Answer], texts: Sequence[str], rewards: Mapping[str, float], accuracy_reward: str
+) -> list[Row]:
+    """The finished items of a batch."""
+    problems, traces = zip(*batch, strict=True)
     scored = score(
-        {accuracy_reward: 0.0, **rewards}, [p.prompt_text for p in owners], texts, [p.columns for p in owners]
+        {accuracy_reward: 0.0, **rewards}, [p.prompt_text for p in problems], texts, [p.columns for p in problems]
     )
-    verdicts = scored.by_name[accuracy_reward]
-    judged = ~np.isnan(verdicts)
+    verdicts, answers = scored.by_name[accuracy_reward], get_answers(accuracy_reward)
+    return [
+        plain({
+            "index": problem.index,
+            "prompt": problem.prompt_text,
+            "text": texts[i],
+            "answer": answers and answers.extract(texts[i]),
+            "correct": None if np.isnan(verdicts[i]) else bool(verdicts[i] >= 1),
+            "reward": scored.total[i],
+            "rewards": {name: values[i] for name, values in scored.by_name.items()},
+            "details": {name: details[i] for name, details in scored.details.items()},
+            **traces[i].to_row(),
+        })
+        for i, problem in enumerate(problems)
+    ]  # fmt: skip
+
+
+def summarise(items: Items, k: int, accuracy_reward: str) -> EvalResult:
+    """The result of items that are all there: k answers to each problem."""
+    rows = sorted(items.rows, key=lambda row: (row["index"], row["sample_index"]))
+    if broken := sum(row["logprobs"] is None for row in rows):
+        logger.warning("%d of %d answers mean nothing: the model gave NaN or infinite numbers", broken, len(rows))
+    problems = [rows[i : i + k] for i in range(0, len(rows), k)]
+    answers = get_answers(accuracy_reward)
+    tokens = sum(len(row["ids"]) for row in rows)
     return EvalResult(
-        accuracy=float((verdicts[judged] >= 1).mean()) if judged.any() else math.nan,
-        tokens_per_step=tokens_per_denoise_step(traces),
-        tokens_per_forward=tokens_per_forward(traces),
-        response_length=float(np.mean([len(trace.ids) for trace in traces])),
-        truncated_fraction=float(np.mean([trace.stop_reason == "length" for trace in traces])),
+        scores=scores(
+            [[row["correct"] for row in problem] for problem in problems], k,
+            [[row["answer"] for row in problem] for problem in problems], answers and answers.same,
+        ),
+        tokens_per_step=_ratio(tokens, sum(row["denoise_forwards"] for row in rows)),
+        tokens_per_forward=_ratio(tokens, sum(row["forwards"] for row in rows)),
+        response_length=_ratio(tokens, len(rows)),
+        truncated_fraction=_ratio(sum(row["stop_reason"] == "length" for row in rows), len(rows)),
+        no_verdict=sum(row["correct"] is None for row in rows),
         n=len(problems),
-        samples=len(traces),
-        no_verdict=int((~judged).sum()),
-        records=[
-            {
-                "index": problem.index,
-                "prompt": problem.prompt_text,
-                "text": texts[i],
-                "correct": bool(verdicts[i] >= 1) if judged[i] else None,
-                "reward": scored.total[i],
-                "rewards": {name: values[i] for name, values in scored.by_name.items()},
-                **traces[i].to_row(),
-            }
-            for i, problem in enumerate(owners)
-        ],
-    )
+        samples=len(rows),
+        seconds=tuple(items.seconds),
+        records=rows,
+    )  # fmt: skip
+
+
+def _ratio(sum_: float, count: float) -> float:
+    return sum_ / count if count else 0.0

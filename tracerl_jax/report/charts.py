@@ -27,6 +27,18 @@ CHARTS = (
     Chart("Learning", "Accuracy", {"accuracy": "rollouts", "eval/*/accuracy": "held-out, *"}, "percent"),
     Chart("Learning", "Tokens per denoise step",
           {"rollout/tokens_per_denoise_step": "rollouts", "eval/*/tokens_per_step": "held-out, *"}),
+    *(
+        Chart("Held-out", title, {f"eval/*/{name}": "*", f"sft/eval/*/{name}": "*, supervised"}, unit)
+        for title, name, unit in (
+            ("Standard error of the accuracy", "accuracy_stderr", "percent"),
+            ("One of several answers right", "pass@*", "percent"),
+            ("Majority of several answers right", "maj@*", "percent"),
+            ("Tokens per forward, commits included", "tokens_per_forward", "number"),
+            ("Mean response length", "response_length", "number"),
+            ("Truncated answers", "truncated_fraction", "percent"),
+            ("Answers without verdict", "no_verdict", "number"),
+        )
+    ),
     Chart("Rollout", "Response length",
           {"response_length/mean": "mean", "response_length/min": "shortest", "response_length/max": "longest"},
           kind="band"),
@@ -91,7 +103,7 @@ def build_charts(series: Mapping[str, Points]) -> list[dict[str, Any]]:
         for pattern, label in chart.metrics.items():
             for name in fnmatch.filter(series, pattern):
                 before, _, after = pattern.partition("*")
-                matched = name.removeprefix(before).removesuffix(after).replace("_", " ")
+                matched = name.removeprefix(before).removesuffix(after).replace("_", " ").replace("/", ", ")
                 curves.append((label.replace("*", matched), series[name]))
                 used.add(name)
         if chart.kind == "stack":

@@ -134,7 +134,9 @@ class JsonlWriter:
         pass
 
 
-# What the console shows: (metric, label, format). A figure that the row does not have is left out.
+# What the console shows: (metric, label, format). A figure that the row does not have is left out. Of an evaluation it
+# shows these, for every strategy.
+EVAL_FIGURES = ("accuracy", "tokens_per_step")
 KEY_FIGURES = {
     "sft": (
         ("sft/loss", "loss", "{:.4f}"), ("sft/grad_norm", "grad", "{:.2f}"), ("sft/lr", "lr", "{:.1e}"),
@@ -155,6 +157,7 @@ def describe(metrics: Mapping[str, float], phase: str) -> str:
     figures = KEY_FIGURES.get(phase) or [
         (name, name.removeprefix("eval/").replace("/", " "), "{:.1%}" if name.endswith("accuracy") else "{:.2f}")
         for name in metrics
+        if name.rpartition("/")[2] in EVAL_FIGURES
     ]
     return " | ".join(f"{label} {form.format(metrics[name])}" for name, label, form in figures if name in metrics)
 

@@ -37,6 +37,7 @@ function showResults(root) {
       el("tbody", {},
         row("Accuracy", "main", "accuracy", percent, change(get(first, "accuracy"), get(last, "accuracy"),
           (from, to) => `${signed(100 * (to - from), 1)} points`, ["good", "bad"])),
+        row("Standard error", "", "accuracy_stderr", percent, el("td")),
         row("Tokens per step", "", "tokens_per_step", ratio, change(get(first, "tokens_per_step"), get(last, "tokens_per_step"),
           (from, to) => `${signed(100 * (to / from - 1), 0)}%`, ["good", "bad"])),
         row("Problems", "", "n", number, el("td")))));

@@ -8,6 +8,7 @@ from typing import Any
 
 from tracerl_jax.errors import DataError
 from tracerl_jax.files import replacing
+from tracerl_jax.folder_lock import is_locked
 from tracerl_jax.report.charts import build_charts, collect_series
 from tracerl_jax.report.html import render_page
 from tracerl_jax.report.run_dir import (
@@ -16,7 +17,6 @@ from tracerl_jax.report.run_dir import (
     SAMPLES,
     SUMMARY,
     flatten,
-    is_locked,
     read_json,
     read_jsonl,
 )  # fmt: skip

@@ -12,23 +12,21 @@ readers skip such a line and the next writer removes it. A number that is not fi
 """
 
 import contextlib
-import errno
-import fcntl
 import fnmatch
 import json
 import os
-import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tracerl_jax.errors import ConfigError, DataError, UserError
-from tracerl_jax.files import ENCODING, replacing, to_line, write_json, writing
+from tracerl_jax.errors import ConfigError, DataError
+from tracerl_jax.files import append_jsonl, cut_torn_line, replacing, to_line, write_json, writing
+from tracerl_jax.folder_lock import FolderLock
 
 Row = dict[str, Any]
 
 PHASES = ("sft", "rl")  # in the order of a run; rows of phase "eval" stand between theirs
-CONFIG, METRICS, SAMPLES, SUMMARY, LOCK = "config.json", "metrics.jsonl", "samples.jsonl", "summary.json", "lock"
+CONFIG, METRICS, SAMPLES, SUMMARY = "config.json", "metrics.jsonl", "samples.jsonl", "summary.json"
 
 # Keys of an existing run that may change (shell patterns): how long it goes on, how often it looks at itself, and how
 # the work is laid out on devices, which leaves the objective as it was.
@@ -51,10 +49,10 @@ class RunDir:
         self.path = Path(path)
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.path / LOCK)
+            self._lock = FolderLock(self.path, "run folder", "choose another run name")
         for name in (METRICS, SAMPLES):
             with writing(self.path / name):
-                _cut_torn_line(self.path / name)
+                cut_torn_line(self.path / name)
         self._running = False
 
     @property
@@ -81,7 +79,7 @@ class RunDir:
             refused = {k: v for k, v in changes.items() if not any(fnmatch.fnmatch(k, p) for p in changeable)}
             if refused:
                 raise ConfigError(
-                    f"run folder {self.path} was made with another config:\n{_diff(refused)}\n"
+                    f"run folder {self.path} was made with another config:\n{describe_changes(refused)}\n"
                     "Start a new run (--config.name=NEW_NAME), or set these keys back to continue this one.\n"
                     f"Keys of an existing run that may change: {', '.join(changeable)}"
                 )
@@ -95,10 +93,10 @@ class RunDir:
         (self.path / CONFIG).unlink(missing_ok=True)
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        self._append(METRICS, rows)
+        append_jsonl(self.path / METRICS, rows)
 
     def append_samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        self._append(SAMPLES, rows)
+        append_jsonl(self.path / SAMPLES, rows)
 
     def truncate_after(self, step: int, phase: str) -> None:
         """Drop what was written after the checkpoint of `step` of `phase` that the run continues from.
@@ -122,14 +120,13 @@ class RunDir:
         write_json(self.path / SUMMARY, _merged(read_json(self.path / SUMMARY), update))
 
     def close(self, status: str = "finished") -> None:
-        if self._lock.closed:
+        if self._lock.released:
             return
         try:
             if self._running:
                 self.update_summary({"status": status})
         finally:
-            self._lock.close()
-            _held.discard((self.path / LOCK).resolve())
+            self._lock.release()
 
     def __enter__(self) -> "RunDir":
         return self
@@ -137,11 +134,6 @@ class RunDir:
     def __exit__(self, kind: type | None, error, traceback) -> None:
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
         self.close("finished" if kind is None else "interrupted" if interrupted else "failed")
-
-    def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        text = "".join(to_line(row) for row in rows)
-        with writing(self.path / name), open(self.path / name, "a", **ENCODING) as file:
-            file.write(text)
 
 
 def read_json(path: Path) -> Row:
@@ -166,18 +158,6 @@ def read_jsonl(path: Path) -> Iterator[Row]:
                     yield row
 
 
-def is_locked(path: str | os.PathLike) -> bool:
-    """Whether a process, maybe this one, is writing the run folder `path` now."""
-    path = Path(path) / LOCK
-    if path.resolve() in _held:  # closing any handle of the file would release this process's own lock
-        return True
-    try:
-        with open(path, "r+") as file:
-            return not _try_lock(file)
-    except OSError:  # no lock file, or a folder that may only be read
-        return False
-
-
 def compare_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple]:
     """{dotted key: (old value, new value)} of the leaves that differ; a missing leaf is `ABSENT`."""
     old, new = flatten(old), flatten(new)
@@ -188,6 +168,12 @@ def compare_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str,
 ABSENT = "(absent)"
 
 
+def describe_changes(changes: Mapping[str, tuple]) -> str:
+    """What `compare_configs` found, a line each: "  rl.steps: 10 -> 20"."""
+    show = {key: [value if value is ABSENT else json.dumps(value) for value in pair] for key, pair in changes.items()}
+    return "\n".join(f"  {key}: {old} -> {new}" for key, (old, new) in show.items())
+
+
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Row:
     """Nested dicts as {dotted key: leaf}; an empty dict is a leaf."""
     flat = {}
@@ -196,59 +182,9 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Row:
     return flat
 
 
-_held: set[Path] = set()  # lock files of this process
-
-
-def _lock(path: Path):
-    # POSIX locks, unlike flock, are not inherited by forked workers: one that outlives a killed run blocks nothing.
-    file = open(path, "a+")  # stays open as long as the lock is held
-    if not _try_lock(file):
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise UserError(
-            f"run folder {path.parent} is in use by {holder}: wait for it, stop it, or choose another run name"
-        )
-    _held.add(path.resolve())
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
-
-
-def _try_lock(file) -> bool:
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)  # some network file systems have no locks at all
-    return True
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Remove bytes after the last newline, which a killed writer leaves."""
-    if not path.exists():
-        return
-    with open(path, "rb+") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end:
-            start = max(0, end - 65536)
-            file.seek(start)
-            newline = file.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
-                break
-            end = start
-        file.truncate(end)
-
-
 def _merged(old: Mapping[str, Any], update: Mapping[str, Any]) -> Row:
     merged = dict(old)
     for key, value in update.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = _merged(merged[key], value) if both else value
     return merged
-
-
-def _diff(changes: Mapping[str, tuple]) -> str:
-    show = {key: [value if value is ABSENT else json.dumps(value) for value in pair] for key, pair in changes.items()}
-    return "\n".join(f"  {key}: {old} -> {new}" for key, (old, new) in show.items())

@@ -2,9 +2,11 @@
 
 from tracerl_jax.rewards import code, exact, math, shape
 from tracerl_jax.rewards.registry import (
+    Answers,
     RewardResult,
     Verdict,
     check_row,
+    get_answers,
     get_reward,
     register_reward,
     score,
@@ -12,11 +14,13 @@ from tracerl_jax.rewards.registry import (
 )
 
 __all__ = [
+    "Answers",
     "RewardResult",
     "Verdict",
     "check_row",
     "code",
     "exact",
+    "get_answers",
     "get_reward",
     "math",
     "register_reward",

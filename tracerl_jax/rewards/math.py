@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from tracerl_jax.rewards import settings
 from tracerl_jax.rewards.answers import MAX_ANSWER, compare, readable
 from tracerl_jax.rewards.extract import FINAL_ANSWER_PATTERNS, compile_patterns, extract_answer
-from tracerl_jax.rewards.registry import Verdict, register_reward
+from tracerl_jax.rewards.registry import Answers, Verdict, register_reward
 from tracerl_jax.rewards.worker_pool import Reply, WorkerPool
 
 MAX_SHOWN = 100  # characters of an answer in a verdict's detail
@@ -58,7 +58,19 @@ def _check_row(row: Mapping[str, object]) -> str:
     return "" if _usable(gold) else f"{need}, not {repr(gold)[:MAX_SHOWN]}"
 
 
-@register_reward("math", start=start, check=_check_row)
+def final_answer(text: str) -> str | None:
+    """The answer of a completion, None when it has none that can be read."""
+    (answer,) = _extract([text])
+    return answer if answer is not None and readable(answer) else None
+
+
+def same_answers(pairs: Sequence[tuple[str, str]]) -> list[bool]:
+    """Whether the answers of each pair are the same as mathematics; the first is compared as a reference answer is."""
+    golds, answers = zip(*pairs, strict=True) if pairs else ((), ())
+    return [verdict.reward == 1 for verdict in grade_answers(answers, golds)]
+
+
+@register_reward("math", start=start, check=_check_row, answers=Answers(final_answer, same_answers))
 def math_reward(
     prompts: Sequence[str], completions: Sequence[str], *, ground_truth_answer: Sequence[object] = (), **columns
 ) -> list[Verdict]:

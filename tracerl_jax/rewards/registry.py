@@ -36,7 +36,17 @@ class _Failed(Verdict):
 
 RewardFunction = Callable[..., Sequence[float | Verdict | None]]
 
+
+@dataclass(frozen=True)
+class Answers:
+    """How a reward reads the final answer of a completion, for whoever compares completions with each other."""
+
+    extract: Callable[[str], str | None]  # of the text; None: it has no answer
+    same: Callable[[Sequence[tuple[str, str]]], Sequence[bool]]  # for pairs of answers: are they equivalent?
+
+
 _REWARDS: dict[str, RewardFunction] = {}
+_ANSWERS: dict[str, Answers] = {}
 _STARTS: dict[str, Callable[[], None]] = {}
 _CHECKS: dict[str, Callable[[Mapping[str, object]], str]] = {}
 
@@ -46,11 +56,13 @@ def register_reward(
     *,
     start: Callable[[], None] | None = None,
     check: Callable[[Mapping[str, object]], str] | None = None,
+    answers: Answers | None = None,
 ) -> Callable[[RewardFunction], RewardFunction]:
     """Decorator that makes a reward function known under `name`. Raises `ConfigError` when the name is taken.
 
     `start` is called by `start_rewards`: it gets ready what the function needs, or raises `ConfigError`.
     `check` says what is wrong with a problem's row ("" for nothing), see `check_row`.
+    `answers` make majority votes possible (maj@k of an evaluation).
     """
 
     def register(function: RewardFunction) -> RewardFunction:
@@ -60,6 +72,8 @@ def register_reward(
             _STARTS[name] = start
         if check is not None:
             _CHECKS[name] = check
+        if answers is not None:
+            _ANSWERS[name] = answers
         return function
 
     return register
@@ -72,6 +86,11 @@ def get_reward(name: str) -> RewardFunction:
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ConfigError(f"unknown reward {name!r}; {hint}registered: {', '.join(sorted(_REWARDS))}")
     return _REWARDS[name]
+
+
+def get_answers(name: str) -> Answers | None:
+    """How the reward `name` reads answers; None where it has no notion of an answer."""
+    return _ANSWERS.get(name)
 
 
 def start_rewards(names: Iterable[str]) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tracerl_jax.diffusion.packing import PackedRows, pack
-from tracerl_jax.diffusion.replay import trace_item
+from tracerl_jax.diffusion.replay import ReplayItem, trace_item
 from tracerl_jax.diffusion.trace import Trace
 from tracerl_jax.errors import ConfigError
 from tracerl_jax.kernels.logprob.api import token_logprobs
@@ -67,13 +67,29 @@ def score_traces(
         )
         for t in traces
     ]  # fmt: skip
+    rows, scores = score_items(
+        model, params, items, [t.temperature for t in traces], row_length=row_length, tokens_per_batch=tokens_per_batch
+    )
+    return rows.scatter(scores)
+
+
+def score_items(
+    model: Model,
+    params: Params,
+    items: Sequence[ReplayItem],
+    temperature: Sequence[float],
+    *,
+    row_length: int | Sequence[int] = SCORE_ROW_LENGTHS,
+    tokens_per_batch: int = SCORE_TOKENS_PER_BATCH,
+) -> tuple[PackedRows, np.ndarray]:
+    """(rows, log-prob of every target [N,P] f32) of replay items, each at its `temperature`. Limits and errors are
+    those of `score_traces`."""
     shards = row_shards(model.mesh)
     rows = pack(items, row_length=row_length, rows_multiple=shards)
     N, T = rows.ids.shape
     n = min(N, max(1, tokens_per_batch // T) * shards)
-    temperature = [t.temperature for t in traces]
     scores = [_score(model, params, *put_batch((part, part.gather(temperature)), model.mesh)) for part in rows.split(n)]
-    return rows.scatter(np.concatenate([np.asarray(s) for s in scores])[:N])
+    return rows, np.concatenate([np.asarray(s) for s in scores])[:N]
 
 
 @partial(jax.jit, static_argnums=0)

@@ -189,8 +189,7 @@ def _evaluate(
             samples_per_prompt=run.config.eval.samples_per_prompt, decode=run.decode, watch=run.watch,
         )  # fmt: skip
         results[strategy] = result.summary()
-        metrics[f"{prefix}{strategy}/accuracy"] = result.accuracy
-        metrics[f"{prefix}{strategy}/tokens_per_step"] = result.tokens_per_step
+        metrics |= {f"{prefix}{strategy}/{name}": value for name, value in result.metrics().items()}
     if role is not None:
         run.folder.update_summary({"eval": {role: results}, "eval_moments": {role: moment}})
     if not is_logged:
