@@ -54,6 +54,7 @@ setup(
         "ml-collections>=1.0",
         "safetensors>=0.5",
         "absl-py>=2",
+        "httpx>=0.28",
         "numpy>=2",
         "tqdm>=4.66",
     ],
@@ -69,7 +70,7 @@ setup(
         "plan": COMPILERS,
         # setuptools builds the wheels of tests/packaging without a network.
         "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "scipy>=1.14", "ruff>=0.9", "setuptools>=70.1"]
-        + ["openai>=2", "httpx>=0.28"] + SERVER + HARNESS + COMPILERS,
+        + ["openai>=2"] + SERVER + HARNESS + COMPILERS,
     },
     entry_points={"console_scripts": ["tracerl=tracerl_jax.launch.cli:main"]},
     classifiers=[

@@ -5,34 +5,11 @@ overrides any of them (see `config_io`). Library code takes these dataclasses an
 """
 # ruff: noqa: RUF009  (_doc is dataclasses.field with its documentation)
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from tracerl_jax.errors import ConfigError
-
-
-def _doc(default, text: str):
-    """A field with its one-line explanation, shown by `--help`."""
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata={"doc": text})
-    return field(default=default, metadata={"doc": text})
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _require_positive(section, group: str, *names: str) -> None:
-    """A field that is None is left to its default."""
-    for name in names:
-        value = getattr(section, name)
-        _require(value is None or value >= 1, f"{group}.{name} is {value}, must be at least 1")
-
-
-def _require_not_negative(section, group: str, *names: str) -> None:
-    for name in names:
-        _require(getattr(section, name) >= 0, f"{group}.{name} is {getattr(section, name)}, must not be negative")
+from tracerl_jax.config_fields import _doc, _require, _require_not_negative, _require_positive
+from tracerl_jax.config_rewards import JudgeSection, ProcessSection, RewardModelSection
 
 
 @dataclass(frozen=True)
@@ -108,6 +85,9 @@ class RewardSection:
     code_memory_mb: int = _doc(1024, "address space of a program under test")
     code_wall_seconds: float = _doc(2.0, "waiting time a test may add to the CPU time of its task")
     own_equality: bool = _doc(False, "believe objects of the program under test that say they equal a test's value")
+    judge: JudgeSection = _doc(JudgeSection(), "a language model behind a URL that judges: rewards judge, judge_steps")
+    model: RewardModelSection = _doc(RewardModelSection(), "a scalar reward model on the mesh: reward reward_model")
+    process: ProcessSection = _doc(ProcessSection(), "rewards of the steps of a response, such as judge_steps")
 
     def __post_init__(self):
         _require_positive(self, "reward", "workers")

@@ -322,6 +322,22 @@ def test_a_run_that_overlaps_keeps_weights_and_cache_for_decoding(presets):
     assert resident["rollout cache"] > 2 * slots * tokens * TINY.num_layers * heads * width * 2
 
 
+def test_a_reward_model_is_kept_and_scores_all_samples(presets, tmp_path):
+    config = {"architectures": ["Qwen3ForSequenceClassification"], "model_type": "qwen3", "vocab_size": 1024,
+              "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 4, "head_dim": 16}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    flags = [f"--config.reward.model.path={tmp_path}", "--config.reward.model.tokens_per_device=1024"]
+    flags.append("--config.task.rewards={'reward_model': 1.0}")
+    config = load_config(RunConfig, "rl_sdar_4b_math", [*TINY_FLAGS, *flags])
+    run = plan_run(config, mesh_of("cpu", 2, 2, 2), assume(config, 4))
+    parameters = 1024 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128)
+    assert chip_bytes(run.resident["reward model"]) == pytest.approx(2 * parameters / 4, rel=0.02)
+    (program,) = [program for program in run.programs if program.name == "reward"]
+    assert program.traced.args_info[0][1].shape == (2 * 4, 512)  # 356 tokens in rows of 512, on 4 x 1024 tokens
+    assert program.runs == 8  # of 64 samples
+
+
 @pytest.mark.slow
 def test_peaks_of_a_run_that_overlaps_hold_both(presets, low_effort, tiny_json):
     _, out, _ = run_command("--config", "rl_sdar_4b_math", *OVERLAP_FLAGS, "--topology", "v5e:2x2", "--json")

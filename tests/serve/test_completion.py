@@ -4,9 +4,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from folders import build_byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizer_utils import build_byte_tokenizer
 
 from tracerl_jax.interop.tokenizer import decode
 from tracerl_jax.serve.completion import Completion

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from tracerl_jax.errors import CheckpointError
 from tracerl_jax.interop.folders import read_json
 from tracerl_jax.interop.hf_config import read_model_config
-from tracerl_jax.interop.names import HfTensor, hf_tensors
+from tracerl_jax.interop.names import TABLE, HfTensor, hf_tensors
 from tracerl_jax.models import Model
 from tracerl_jax.parallel.sharding import param_shardings
 
@@ -53,9 +53,20 @@ def load_hf(
     if dtype is not None:
         config = config.replace(param_dtype=dtype)
     model = Model(config, head=head, mesh=mesh)
+    return model, load_params(folder, model)
+
+
+def load_params(
+    folder: str | os.PathLike, model: Model, names: Mapping[str, tuple[str, bool]] = TABLE
+) -> dict[str, Any]:
+    """The parameters of `model` from a folder whose tensors have these names, see `names.TABLE`.
+
+    Raises CheckpointError like `load_hf`.
+    """
+    mesh = model.mesh
     tensors = Safetensors(folder)
-    wanted = hf_tensors(model.abstract_params())
-    if head == "value" and "value_head.weight" not in tensors.shapes:
+    wanted = hf_tensors(model.abstract_params(), names)
+    if model.head == "value" and "value_head.weight" not in tensors.shapes:
         wanted = [tensor for tensor in wanted if tensor.name != "value_head.weight"]
     _check_names(tensors, wanted, model)
 
@@ -80,7 +91,7 @@ def load_hf(
 
         return jax.make_array_from_callback(leaf.shape, sharding, shard)
 
-    return model, jax.tree_util.tree_map_with_path(load, model.abstract_params(), shardings)
+    return jax.tree_util.tree_map_with_path(load, model.abstract_params(), shardings)
 
 
 def stored_dtype(folder: str | os.PathLike) -> str:

@@ -51,14 +51,16 @@ class HfTensor:
     transpose: bool
 
 
-def hf_tensors(abstract_params: Mapping[str, Any]) -> list[HfTensor]:
+def hf_tensors(
+    abstract_params: Mapping[str, Any], names: Mapping[str, tuple[str, bool]] = TABLE
+) -> list[HfTensor]:
     """Every tensor of the checkpoint that `abstract_params` (arrays or ShapeDtypeStructs) corresponds to.
 
     In the order of the model: embedding, layer by layer, final norm, head.
     """
     tensors = []
     for path, leaf in leaves_by_path(abstract_params).items():
-        pattern, transpose = TABLE[path]
+        pattern, transpose = names[path]
         leading = pattern.count("{")
         shape = leaf.shape[leading:]
         tensors += [

@@ -16,6 +16,7 @@ from tracerl_jax.config import RunConfig
 from tracerl_jax.data.prompts import Problem
 from tracerl_jax.errors import ConfigError
 from tracerl_jax.interop.hf_config import read_model_config
+from tracerl_jax.interop.hf_reward import describe_reward_model
 from tracerl_jax.kernels.decode.chunked import CHUNK
 from tracerl_jax.kernels.dispatch import target_platform
 from tracerl_jax.kernels.logprob.draws import group_size
@@ -24,12 +25,14 @@ from tracerl_jax.parallel.sharding import batch_sharding, row_shards
 from tracerl_jax.plan.hlo_cost import KernelCost
 from tracerl_jax.plan.kernel_costs import attention_cost, decode_cost
 from tracerl_jax.plan.workload import Workload, sample_traces
+from tracerl_jax.rewards.scorer import row_length, rows_of_batch, score_rows
 from tracerl_jax.rl.experience import Sample
 from tracerl_jax.rl.loop import make_learner
 from tracerl_jax.rl.update import Learner, Replay, plan_replays
 from tracerl_jax.rollout.engine import Engine, EngineConfig, Request
 from tracerl_jax.rollout.weights import abstract_rollout_params, convert, needs_copy, rollout_model, snapshot
 from tracerl_jax.training.run import rollout_options
+from tracerl_jax.training.step import sharded_abstract_params
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +108,7 @@ def plan_run(config: RunConfig, mesh: Mesh, workload: Workload) -> PlannedRun:
             programs = _rollout_programs(config, decoder, resident, workload)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             programs += _training_programs(config, learner, resident, workload)
+            programs += _reward_programs(config, mesh, resident, workload)
     except ValueError as error:
         if not str(error).startswith(KERNELS):
             raise
@@ -198,6 +202,30 @@ def _decoding(
     longest, response = config.rollout.max_tokens, workload.response_tokens
     rounds = max(1.0, _samples(config) / slots)
     return rounds * of(response) + of(longest) - of(response), workload.prompt_tokens + response / 2
+
+
+def _reward_programs(
+    config: RunConfig, mesh: Mesh, resident: dict[str, Any], workload: Workload
+) -> list[PlannedProgram]:
+    """Of the reward model, where there is one; its weights are added to `resident`. Chats are taken to be as long as
+    prompt and response are for the policy."""
+    section = config.reward.model
+    if "reward_model" not in config.task.rewards or section.path is None:
+        return []
+    model = describe_reward_model(section.path, dtype=section.dtype, mesh=mesh)
+    resident["reward model"] = params = sharded_abstract_params(model)
+    tokens = min(workload.prompt_tokens + workload.response_tokens, section.max_tokens)
+    length = row_length(tokens, section.max_tokens)
+    rows = rows_of_batch(section, length, mesh)
+    ids, last = (
+        jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh)) for shape in ((rows, length), (rows,))
+    )
+    return [
+        PlannedProgram(
+            "reward", score_rows.trace(model, params, ids, last), mesh, math.ceil(_samples(config) / rows), params,
+            kernel_cost=attention_cost(model.config, mesh, _block_causal(1, length, 1), rows),
+        )
+    ]  # fmt: skip
 
 
 def _block_causal(rows: int, length: int, block_size: int) -> np.ndarray:

@@ -45,6 +45,7 @@ CHARTS = (
     Chart("Rollout", "Shares of responses and groups",
           {"response_length/truncated_fraction": "truncated", "groups/kept_fraction": "groups kept"}, "percent"),
     Chart("Rollout", "Responses without verdict", {"no_verdict": "responses"}),
+    Chart("Rollout", "Steps rewarded in a response", {"process/steps_per_response": "mean"}),
     Chart("Rollout", "Tokens per forward", {"rollout/tokens_per_forward": "with commits"}),
     Chart("Policy", "Loss", {"policy/loss": "loss"}),
     Chart("Policy", "Clipped ratios", {"policy/clip_fraction": "clipped"}, "percent"),

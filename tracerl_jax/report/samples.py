@@ -1,6 +1,6 @@
 """Samples as the trace viewer needs them: a trace, its text piece by piece and, where there is one, its verdict."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tracerl_jax.diffusion.trace import Trace
@@ -19,13 +19,14 @@ SAMPLE_KEYS = (
 def sample_row(
     trace: Trace, *, step: int, phase: str, prompt: str, text: str, reward: float | None,
     rewards: Mapping[str, float | None] | None = None, accuracy: float | None = None, ground_truth: Any = None,
-    tokenizer=None,
+    steps: Sequence[tuple[int, float]] = (), tokenizer=None,
 ) -> dict[str, Any]:  # fmt: skip
     """One row of samples.jsonl: a `trace_row` (so `tracerl score` reads it) and its verdict; `reward` None means "no
-    verdict"."""
+    verdict". `steps`: (end in tokens, reward) of each step, where steps are rewarded."""
     return {
         "step": step, "phase": phase, **trace_row(trace, prompt, text, tokenizer), "reward": reward,
         "rewards": dict(rewards or {}), "accuracy": accuracy, "ground_truth": ground_truth,
+        **({"steps": [list(pair) for pair in steps]} if steps else {}),
     }  # fmt: skip
 
 
@@ -58,8 +59,8 @@ def pick(total: int, size: int) -> set[int]:
     return {round(i * (total - 1) / max(limit - 1, 1)) for i in range(limit)}
 
 
-def decode_pieces(tokenizer, ids: Sequence[int]) -> list[str]:
-    """The text each id adds: the pieces join to the decoded text; [r] strings, in linear time.
+def decode_pieces(tokenizer, ids: Sequence[int], decode: Callable = decode_all) -> list[str]:
+    """The text each id adds: the pieces join to the text that `decode` gives; [r] strings, in linear time.
 
     A character made of several byte tokens goes to the token that completes it, "" to the others. Without a tokenizer
     each piece is the id and a space.
@@ -67,7 +68,7 @@ def decode_pieces(tokenizer, ids: Sequence[int]) -> list[str]:
     if tokenizer is None:
         return [f"{i} " for i in ids]
 
-    stream = StreamDecoder(tokenizer, decode_all)
+    stream = StreamDecoder(tokenizer, decode)
     pieces = [stream.push([i]) for i in ids]
     if pieces:
         pieces[-1] += stream.finish()

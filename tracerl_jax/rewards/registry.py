@@ -9,13 +9,19 @@ it has no verdict (no usable reference answer, judge out of order):
 
 It may give a `Verdict` instead of a number, which also says how it was decided. No verdict is not a wrong answer: such
 samples are masked out of the update and counted, never given zero.
+
+A reward of steps says what each part of a completion is worth. It is told where the steps end, or decides itself:
+
+    @register_reward("short_steps", steps=True)
+    def short_steps(prompts, completions, *, step_ends, **columns):
+        return [step_verdict((end, float(end < 100)) for end in ends) for ends in step_ends]
 """
 
 import difflib
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,6 +34,15 @@ logger = logging.getLogger(__name__)
 class Verdict:
     reward: float | None  # None: no verdict
     detail: str = ""  # how it was decided, for people
+    steps: tuple[tuple[int, float], ...] = ()  # of a reward of steps: (end in characters of the completion, reward)
+
+
+def step_verdict(steps: Iterable[tuple[int, float | None]], detail: str = "") -> Verdict:
+    """Of the rewards of a completion's steps, given with their ends: together their sum, None when one has none."""
+    steps = tuple(steps)
+    if any(reward is None for _, reward in steps):
+        return Verdict(None, detail)
+    return Verdict(float(sum(reward for _, reward in steps)), detail, steps)
 
 
 class _Failed(Verdict):
@@ -49,6 +64,7 @@ _REWARDS: dict[str, RewardFunction] = {}
 _ANSWERS: dict[str, Answers] = {}
 _STARTS: dict[str, Callable[[], None]] = {}
 _CHECKS: dict[str, Callable[[Mapping[str, object]], str]] = {}
+_OF_STEPS: set[str] = set()
 
 
 def register_reward(
@@ -57,12 +73,15 @@ def register_reward(
     start: Callable[[], None] | None = None,
     check: Callable[[Mapping[str, object]], str] | None = None,
     answers: Answers | None = None,
+    steps: bool = False,
 ) -> Callable[[RewardFunction], RewardFunction]:
     """Decorator that makes a reward function known under `name`. Raises `ConfigError` when the name is taken.
 
     `start` is called by `start_rewards`: it gets ready what the function needs, or raises `ConfigError`.
     `check` says what is wrong with a problem's row ("" for nothing), see `check_row`.
     `answers` make majority votes possible (maj@k of an evaluation).
+    `steps`: it gives every completion a `step_verdict`, and takes the keyword `step_ends`: for each completion the ends
+    of its steps, in characters.
     """
 
     def register(function: RewardFunction) -> RewardFunction:
@@ -74,6 +93,8 @@ def register_reward(
             _CHECKS[name] = check
         if answers is not None:
             _ANSWERS[name] = answers
+        if steps:
+            _OF_STEPS.add(name)
         return function
 
     return register
@@ -101,6 +122,11 @@ def start_rewards(names: Iterable[str]) -> None:
             _STARTS[name]()
 
 
+def rewards_of_steps(names: Iterable[str]) -> list[str]:
+    """Those of these rewards that judge the steps of a completion."""
+    return [name for name in names if name in _OF_STEPS]
+
+
 def check_row(name: str, row: Mapping[str, object]) -> str:
     """What keeps reward `name` from judging answers to the problem of this row; "" when nothing does."""
     get_reward(name)
@@ -113,6 +139,8 @@ class RewardResult:
     by_name: dict[str, np.ndarray]  # [n] f64 each, before weighting; NaN = no verdict
     details: dict[str, list[str]]  # [n] each: how it was decided, "" where the function does not say
     errors: dict[str, int]  # samples for which the function failed (they have no verdict), by reward name
+    whole: np.ndarray  # [n] f64, the part of the total that is not of steps
+    steps: list[tuple[tuple[int, float], ...]]  # [n] (end in characters, weighted reward), empty without verdict
 
     @property
     def no_verdict(self) -> int:
@@ -124,6 +152,7 @@ def score(
     prompts: Sequence[str],
     completions: Sequence[str],
     columns: Sequence[Mapping[str, object]],
+    step_ends: Sequence[Sequence[int]] | None = None,
 ) -> RewardResult:
     """Scores n completions with `rewards` (name -> weight); entry i of every argument belongs to sample i.
 
@@ -131,30 +160,42 @@ def score(
     value per sample (None where a row lacks it). A component without verdict makes the total NaN unless its weight is
     zero. A function that raises, or does not return one number, `Verdict` or None per sample, is called again sample by
     sample; only the samples that fail alone lose their verdict, and so do those with an infinite reward or NaN.
+    `step_ends` are for rewards of steps: ascending, in characters; by default a completion is one step.
     """
     if not len(prompts) == len(completions) == len(columns):
         raise ValueError(f"{len(prompts)} prompts, {len(completions)} completions, {len(columns)} rows")
-    names = {name for row in columns for name in row} - {"prompts", "completions"}
+    names = {name for row in columns for name in row} - {"prompts", "completions", "step_ends"}
     stacked = {name: [row.get(name) for row in columns] for name in sorted(names)}
-    total = np.zeros(len(prompts))
+    total, whole = np.zeros(len(prompts)), np.zeros(len(prompts))
     by_name, details, errors = {}, {}, {}
+    steps: list[dict[int, float]] = [{} for _ in prompts]
     for name, weight in rewards.items():
-        verdicts = _call(name, prompts, completions, stacked)
+        if name in _OF_STEPS:
+            ends = [(len(text),) for text in completions] if step_ends is None else step_ends
+            verdicts = _call(name, prompts, completions, {**stacked, "step_ends": ends})
+        else:
+            verdicts = _call(name, prompts, completions, stacked)
         by_name[name] = np.array([math.nan if v.reward is None else v.reward for v in verdicts])
         details[name] = [v.detail for v in verdicts]
         errors[name] = sum(isinstance(v, _Failed) for v in verdicts)
         if weight != 0:
             total += weight * by_name[name]
-    return RewardResult(total, by_name, details, errors)
+            if name not in _OF_STEPS:
+                whole += weight * by_name[name]
+            for of_sample, verdict in zip(steps, verdicts, strict=True):
+                for end, reward in verdict.steps:
+                    of_sample[end] = of_sample.get(end, 0.0) + weight * reward
+    known = [() if math.isnan(total[i]) else tuple(sorted(of_sample.items())) for i, of_sample in enumerate(steps)]
+    return RewardResult(total, by_name, details, errors, whole, known)
 
 
 def _call(name: str, prompts: Sequence[str], completions: Sequence[str], columns: dict) -> list[Verdict]:
     function = get_reward(name)
     try:
-        verdicts = _verdicts(function(prompts, completions, **columns), len(prompts))
+        verdicts = _verdicts(name, function(prompts, completions, **columns), completions)
     except Exception:  # a reward is user code: whatever it raises must not end a run
         verdicts = [
-            _call_alone(function, prompts[i], completions[i], {key: [column[i]] for key, column in columns.items()})
+            _call_alone(name, prompts[i], completions[i], {key: [column[i]] for key, column in columns.items()})
             for i in range(len(prompts))
         ]
     failed = [verdict.detail for verdict in verdicts if isinstance(verdict, _Failed)]
@@ -166,23 +207,38 @@ def _call(name: str, prompts: Sequence[str], completions: Sequence[str], columns
     return verdicts
 
 
-def _call_alone(function: RewardFunction, prompt: str, completion: str, columns: dict) -> Verdict:
+def _call_alone(name: str, prompt: str, completion: str, columns: dict) -> Verdict:
     try:
-        return _verdicts(function([prompt], [completion], **columns), 1)[0]
+        return _verdicts(name, get_reward(name)([prompt], [completion], **columns), [completion])[0]
     except Exception as error:
         return _Failed(None, f"raised {error!r}")
 
 
-def _verdicts(values: Sequence[float | Verdict | None], count: int) -> list[Verdict]:
+def _verdicts(name: str, values: Sequence[float | Verdict | None], completions: Sequence[str]) -> list[Verdict]:
     verdicts = [_verdict(value) for value in values]
-    if len(verdicts) != count:
-        raise ValueError(f"returned {len(verdicts)} values for {count} samples")
-    return verdicts
+    if len(verdicts) != len(completions):
+        raise ValueError(f"returned {len(verdicts)} values for {len(completions)} samples")
+    return [_with_fit_steps(name, *pair) for pair in zip(verdicts, completions, strict=True)]
 
 
 def _verdict(value: float | Verdict | None) -> Verdict:
     verdict = value if isinstance(value, Verdict) else Verdict(value)
+    if verdict.steps:
+        verdict = step_verdict(verdict.steps, verdict.detail)  # the sum is ours to say
     if verdict.reward is None:
         return verdict
     reward = float(verdict.reward)
-    return Verdict(reward, verdict.detail) if math.isfinite(reward) else _Failed(None, f"returned {reward}")
+    return replace(verdict, reward=reward) if math.isfinite(reward) else _Failed(None, f"returned {reward}")
+
+
+def _with_fit_steps(name: str, verdict: Verdict, completion: str) -> Verdict:
+    """The verdict, or a failure when it has not the steps that a reward of this name must give."""
+    if verdict.reward is None:
+        return verdict
+    ends = [end for end, _ in verdict.steps]
+    if name not in _OF_STEPS:
+        return _Failed(None, "returned steps, but is not registered with steps=True") if ends else verdict
+    ascending = all(a < b for a, b in zip([-1, *ends], ends, strict=False)) and ends and ends[-1] <= len(completion)
+    if not ascending:
+        return _Failed(None, f"returned the step ends {ends[:8]}; they must ascend within {len(completion)} characters")
+    return verdict

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from tracerl_jax.config import RLSection
+from tracerl_jax.config_rewards import ProcessSection
 from tracerl_jax.data.prompts import Problem
 from tracerl_jax.diffusion.trace import Trace, tokens_per_denoise_step, tokens_per_forward
-from tracerl_jax.rewards import score
+from tracerl_jax.rewards import rewards_of_steps, score
+from tracerl_jax.rewards.steps import step_ends, tokens_of_steps
 from tracerl_jax.rl.advantages import accuracy_filter, group_zscore, leave_one_out
+from tracerl_jax.rl.process import normalised_steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +28,10 @@ class Sample:
     rewards: Mapping[str, float]  # by reward function, before weighting
     correct: float  # 1, 0, or NaN without verdict
     advantage: float = 0.0
+    # (end in tokens, reward) of every step that a reward of steps judged; as `select` gives them, normalised and with
+    # what else makes up the advantage at the end of the response.
+    steps: tuple[tuple[int, float], ...] = ()
+    reward_of_whole: float = 0.0  # the part of `reward` that is not of steps
 
 
 def judge(
@@ -36,6 +43,8 @@ def judge(
     accuracy_reward: str,
     samples_per_prompt: int,
     truncated_is_wrong: bool,
+    process: ProcessSection,
+    pieces: Callable[[np.ndarray], Sequence[str]],
 ) -> list[Sample]:
     """Score the traces of a step.
 
@@ -46,14 +55,25 @@ def judge(
         accuracy_reward: the reward that decides correctness: 1 is correct.
         truncated_is_wrong: a response that ran into the length limit gets reward 0 and counts as wrong, whatever it
             says (the reference's rule).
+        process: where steps end, for rewards of steps.
+        pieces: response ids to the text of each, which join to what `decode` gives.
     """
     owners = [problem for problem in problems for _ in range(samples_per_prompt)]
     texts = [decode(trace.ids) for trace in traces]
-    result = score(rewards, [p.prompt_text for p in owners], texts, [p.columns for p in owners])
+    token_ends = ends = None
+    if rewards_of_steps(rewards):
+        token_ends = [np.cumsum([len(piece) for piece in pieces(trace.ids)]) for trace in traces]
+        ends = [step_ends(text, of_tokens, process) for text, of_tokens in zip(texts, token_ends, strict=True)]
+    result = score(rewards, [p.prompt_text for p in owners], texts, [p.columns for p in owners], ends)
     correct = np.where(np.isnan(result.by_name[accuracy_reward]), np.nan, result.by_name[accuracy_reward] >= 1)
     cut = np.array([truncated_is_wrong and trace.stop_reason == "length" for trace in traces], bool)
     total = np.where(cut, 0.0, result.total)
     correct = np.where(cut, 0.0, correct)
+
+    def steps(i: int) -> tuple[tuple[int, float], ...]:
+        judged = result.steps[i] and not cut[i] and len(traces[i].ids)
+        return tokens_of_steps(result.steps[i], token_ends[i]) if judged else ()
+
     return [
         Sample(
             problem=owner,
@@ -63,13 +83,15 @@ def judge(
             reward=float(total[i]),
             rewards={name: float(values[i]) for name, values in result.by_name.items()},
             correct=float(correct[i]),
+            steps=steps(i),
+            reward_of_whole=0.0 if cut[i] else float(result.whole[i]),
         )
         for i, owner in enumerate(owners)
     ]
 
 
-def select(samples: Sequence[Sample], config: RLSection) -> list[Sample]:
-    """The samples to train on, with their advantages.
+def select(samples: Sequence[Sample], config: RLSection, normalise: str = "total") -> list[Sample]:
+    """The samples to train on, with their advantages. `normalise`: of steps, see `ProcessSection`.
 
     Groups whose accuracy lies outside [accuracy_low, accuracy_high] are dropped whole, and so are groups whose rewards
     all agree (every advantage would be 0), samples without verdict, and empty responses.
@@ -78,15 +100,18 @@ def select(samples: Sequence[Sample], config: RLSection) -> list[Sample]:
     rewards = np.array([s.reward for s in samples])
     baseline = group_zscore if config.advantage == "group_zscore" else leave_one_out
     advantages = baseline(rewards, groups)
+    steps = [s.steps for s in samples]
+    if any(steps):
+        steps = normalised_steps(samples, advantages, config.advantage, normalise)
     kept = []
     for group in np.unique(groups):
         members = np.flatnonzero(groups == group)
         verdicts = [samples[i].correct for i in members if not np.isnan(samples[i].correct)]
-        if not verdicts or not np.any(advantages[members]):
+        if not verdicts or not (np.any(advantages[members]) or any(reward for i in members for _, reward in steps[i])):
             continue
         if accuracy_filter([np.mean(verdicts)], config.accuracy_low, config.accuracy_high)[0]:
             kept += [i for i in members if not np.isnan(rewards[i]) and len(samples[i].trace.ids)]
-    return [dataclasses.replace(samples[i], advantage=float(advantages[i])) for i in kept]
+    return [dataclasses.replace(samples[i], advantage=float(advantages[i]), steps=steps[i]) for i in kept]
 
 
 def experience_metrics(samples: Sequence[Sample], kept: Sequence[Sample], seconds: float) -> dict[str, float]:
@@ -97,7 +122,9 @@ def experience_metrics(samples: Sequence[Sample], kept: Sequence[Sample], second
     groups = {s.group for s in samples}
     correct = np.array([s.correct for s in samples])
     traces = [s.trace for s in samples]
-    return {
+    steps = [len(s.steps) for s in samples if s.steps]
+    process = {"process/steps_per_response": float(np.mean(steps))} if steps else {}
+    return process | {
         "reward": float(judged.mean()) if judged.size else float("nan"),
         "reward_std": float(judged.std()) if judged.size else float("nan"),
         "no_verdict": float(len(rewards) - judged.size),

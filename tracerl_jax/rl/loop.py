@@ -92,7 +92,7 @@ def train_rl(
             with timer.step(step):
                 settle()
                 experience = rollouts.take(step, updates, timer)
-                kept = select(experience.samples, learner.config)
+                kept = select(experience.samples, learner.config, config.reward.process.normalise)
                 if not kept:
                     guard.check_rollout(experience.traces, f"rl step {step}")
                 rollouts.before_update(step, updates)
@@ -238,7 +238,7 @@ def write_samples(run: Run, samples: Sequence[Sample], step: int) -> None:
             sample.trace, step=step, phase="rl", prompt=sample.problem.prompt_text, text=sample.text,
             reward=_known(sample.reward), rewards={k: _known(v) for k, v in sample.rewards.items()},
             accuracy=_known(sample.correct), ground_truth=sample.problem.columns.get("ground_truth_answer"),
-            tokenizer=run.tokenizer,
+            steps=sample.steps, tokenizer=run.tokenizer,
         )
         for sample in (samples[i] for i in sorted(spread))
     )  # fmt: skip

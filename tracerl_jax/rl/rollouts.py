@@ -182,6 +182,7 @@ def judge_traces(run: Run, problems: Sequence[Problem], traces: Sequence[Trace])
         problems, traces, run.decode,
         rewards={task.accuracy_reward: 0.0, **task.rewards}, accuracy_reward=task.accuracy_reward,
         samples_per_prompt=section.samples_per_prompt, truncated_is_wrong=section.truncated_is_wrong,
+        process=run.config.reward.process, pieces=run.pieces,
     )  # fmt: skip
 
 

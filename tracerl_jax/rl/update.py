@@ -17,6 +17,7 @@ from tracerl_jax.diffusion.replay import ReplayItem, masking_item, shrunk_steps,
 from tracerl_jax.models import Model
 from tracerl_jax.parallel.order import in_order
 from tracerl_jax.parallel.sharding import param_shardings, row_shards
+from tracerl_jax.rewards.steps import rewards_of_tokens
 from tracerl_jax.rl.advantages import trace_gae, whiten
 from tracerl_jax.rl.experience import Sample
 from tracerl_jax.rl.importance import importance_ratios, truncate
@@ -232,11 +233,9 @@ class Learner:
             trace = replay.sample.trace
             steps = shrunk_steps(len(trace.prompt_ids), trace.step_map, replay.item.block_size, config.shrink)
             every = np.ones(len(trace.ids), bool)
-            gae.append(
-                trace_gae(
-                    steps, value, replay.sample.advantage, every, self.value_config.gamma, self.value_config.lam
-                )
-            )
+            sample = replay.sample
+            rewards = rewards_of_tokens(steps, sample.steps) if sample.steps else sample.advantage
+            gae.append(trace_gae(steps, value, rewards, every, self.value_config.gamma, self.value_config.lam))
         advantages = [a for _, a in gae]
         if self.value_config.whiten:
             advantages = whiten(advantages, [np.ones(len(a), bool) for a in advantages])

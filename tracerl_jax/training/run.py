@@ -40,7 +40,8 @@ from tracerl_jax.parallel.mesh import make_mesh
 from tracerl_jax.parallel.sharding import row_shards
 from tracerl_jax.report.metrics import MetricLog, open_log
 from tracerl_jax.report.run_dir import METRICS, SAMPLES, RunDir
-from tracerl_jax.rewards import settings, start_rewards
+from tracerl_jax.report.samples import decode_pieces
+from tracerl_jax.rewards import rewards_of_steps, settings, start_rewards
 from tracerl_jax.rollout.engine import Engine, EngineConfig
 from tracerl_jax.rollout.options import SamplingOptions
 from tracerl_jax.rollout.weights import rollout_model
@@ -137,6 +138,7 @@ class Run:
 
     def _load_task(self) -> Task:
         section = self.config.task
+        settings.configure(self.config.reward, self.mesh)
         task = load_task(
             section.name,
             path=section.path,
@@ -148,7 +150,12 @@ class Run:
             options=section.options,
             on_bad_row=section.on_bad_row,
         )
-        settings.configure(self.config.reward)
+        of_steps = rewards_of_steps({task.accuracy_reward, *task.rewards})
+        if of_steps and self.config.rl.steps and not self.config.value.enabled:
+            raise ConfigError(
+                f"the reward {of_steps[0]} judges the steps of a response, and only advantages of tokens tell them "
+                "apart: set value.enabled=true, or take it out of task.rewards"
+            )
         start_rewards({task.accuracy_reward, *task.rewards})
         return task
 
@@ -259,6 +266,10 @@ class Run:
     def decode(self, ids: np.ndarray) -> str:
         """Response ids to text, see `interop.tokenizer.decode`."""
         return decode(self.tokenizer, ids)
+
+    def pieces(self, ids: np.ndarray) -> list[str]:
+        """The text that each of the ids adds to what `decode` gives."""
+        return decode_pieces(self.tokenizer, ids.tolist(), decode)
 
     # State
 

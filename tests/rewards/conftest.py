@@ -1,0 +1,14 @@
+"""Settings of rewards for one test."""
+
+import pytest
+
+from tracerl_jax.config import RewardSection
+from tracerl_jax.config_io import from_dict
+from tracerl_jax.rewards import settings
+
+
+@pytest.fixture
+def configure():
+    """configure(judge={"votes": 3}) sets keys of `reward`."""
+    yield lambda **values: settings.configure(from_dict(RewardSection, values))
+    settings.configure(RewardSection())
