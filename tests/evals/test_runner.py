@@ -162,7 +162,7 @@ def test_command(model_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--task", "gsm8k"], "task gsm8k reads files: set its path"),
+        (["--task", "jsonl"], "task jsonl reads files: set its path"),
         (["--task", "arithmetic", "--strategies", "dynamic,greedy"], "unknown evaluation strategy 'greedy'"),
         (["--task", "arithmetic", "--limit", "0"], "--limit is 0; it must be at least 1"),
         (["--task", "arithmetic", "--options", "digits"], "--options: digits= is not of the form NAME=INTEGER"),

@@ -87,7 +87,7 @@ def evaluate(
     traces = list(watch(engine.generate(requests)))
     if broken := len(broken_traces(traces)):
         logger.warning("%d of %d answers mean nothing: the model gave NaN or infinite numbers", broken, len(traces))
-    texts = [decode(trace.ids) for trace in traces]
+    texts = [owner.prefix + decode(trace.ids) for owner, trace in zip(owners, traces, strict=True)]
     scored = score(
         {accuracy_reward: 0.0, **rewards}, [p.prompt_text for p in owners], texts, [p.columns for p in owners]
     )

@@ -48,7 +48,7 @@ def judge(
             says (the reference's rule).
     """
     owners = [problem for problem in problems for _ in range(samples_per_prompt)]
-    texts = [decode(trace.ids) for trace in traces]
+    texts = [owner.prefix + decode(trace.ids) for owner, trace in zip(owners, traces, strict=True)]
     result = score(rewards, [p.prompt_text for p in owners], texts, [p.columns for p in owners])
     correct = np.where(np.isnan(result.by_name[accuracy_reward]), np.nan, result.by_name[accuracy_reward] >= 1)
     cut = np.array([truncated_is_wrong and trace.stop_reason == "length" for trace in traces], bool)
