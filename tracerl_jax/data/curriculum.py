@@ -12,7 +12,7 @@ STREAM = 1 << 63  # apart from the keys of PromptIterator's epochs
 
 
 class SuccessRateCurriculum:
-    """Batches of indices into `count` problems, drawn without replacement by weight, with the methods of `PromptIterator`.
+    """Batches of indices into `count` problems, drawn by weight without replacement; the methods of `PromptIterator`.
 
     A problem's weight is floor + (1 - floor) * 4 p (1 - p) of its running success rate p: 1 where half of the responses
     are right, which is where a group says most, `floor` where all or none are. A problem not seen yet has weight 1.
@@ -28,7 +28,7 @@ class SuccessRateCurriculum:
         self._rates = np.full(count, np.nan)
 
     def next(self, batch: int, avoid: Sequence[int] = ()) -> np.ndarray:
-        """`batch` indices, int64 [batch], different ones up to `count`; those to `avoid` only when no others are left."""
+        """`batch` indices, int64 [batch], all different up to `count`; those to `avoid` when no others are left."""
         parts = [np.zeros(0, np.int64)]
         while batch > 0:
             part = self._draw(avoid)[:batch]

@@ -119,6 +119,10 @@ class Rollouts:
         sampling = self.iterator.metrics()
         if config.rl.sampling_rounds > 1:
             sampling |= {"sampling/rounds": float(rounds), "sampling/prompts": float(len(chosen))}
+        stage = config.rollout.at(step)
+        if len(config.rollout.stages()) > 1:
+            block_size = stage.block_size or self.run.model.config.block_size
+            sampling |= {"rollout/max_tokens": float(stage.max_tokens), "rollout/block_size": float(block_size)}
         return Experience(chosen, samples, updates, decoding, judging, sampling)
 
 
