@@ -44,7 +44,9 @@ def test_countdown(completion, right):
     assert value == float(right) and detail
 
 
-@pytest.mark.parametrize("expression", ["8 \\div 2 \\times 3", "8 ÷ 2 × 3", "8/2*3", "\\frac{8}{2} \\cdot 3", "[8/2]·3"])
+@pytest.mark.parametrize(
+    "expression", ["8 \\div 2 \\times 3", "8 ÷ 2 × 3", "8/2*3", "\\frac{8}{2} \\cdot 3", "[8/2]·3"]
+)
 def test_countdown_signs(expression):
     assert judge("countdown", f"\\boxed{{{expression}}}", numbers=[8, 2, 3], target=12)[0] == 1
 
