@@ -66,8 +66,10 @@ def test_overrides(tmp_path):
         load_task("jsonl", path=path)
     task = load_task("gsm8k", path=GSM8K, rewards={"exact_match": 0.5}, template="math")
     assert (task.rewards, task.accuracy_reward, task.template) == ({"exact_match": 0.5}, "math", "math")
-    task = load_task("jsonl", path=path, rewards={"exact_match": 2.0}, template="Q: {question}")
-    assert (task.rewards, task.accuracy_reward, task.template) == ({"exact_match": 2.0}, "exact_match", "Q: {question}")
+    task = load_task("jsonl", path=path, rewards={"ascii_share": 2.0}, template="Q: {question}")
+    assert (task.rewards, task.accuracy_reward, task.template) == ({"ascii_share": 2.0}, "ascii_share", "Q: {question}")
+    with pytest.raises(DataError, match=r"any.jsonl:1: missing field 'ground_truth_answer'"):
+        load_task("jsonl", path=path, rewards={"exact_match": 1.0})
 
 
 @pytest.mark.parametrize(
