@@ -68,6 +68,7 @@ setup(
         "wandb": ["wandb>=0.19"],
         "tensorboard": ["tensorboardX>=2.6"],
         "plan": COMPILERS,
+        "tasks": ["reasoning-gym>=0.1.25"],  # builds pycosat, so it needs a C compiler
         # setuptools builds the wheels of tests/packaging without a network.
         "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "scipy>=1.14", "ruff>=0.9", "setuptools>=70.1"]
         + ["openai>=2"] + SERVER + HARNESS + COMPILERS,

@@ -61,9 +61,11 @@ def run(args: argparse.Namespace) -> int:
     from tracerl_jax.plan.workload import assume
 
     config = resolve(args, RunConfig)
+    model_block_size = model_config(config).block_size
+    config = config.heaviest(model_block_size)
     workload = assume(
         config,
-        config.rollout.block_size or model_config(config).block_size,
+        config.rollout.block_size or model_block_size,
         prompt_tokens=args.prompt_tokens,
         response_tokens=args.response_tokens,
         tokens_per_step=args.tokens_per_step,

@@ -5,7 +5,7 @@ overrides any of them (see `config_io`). Library code takes these dataclasses an
 """
 # ruff: noqa: RUF009  (_doc is dataclasses.field with its documentation)
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tracerl_jax.config_fields import _doc, _require, _require_not_negative, _require_positive
@@ -58,9 +58,10 @@ class MeshSection:
 @dataclass(frozen=True)
 class TaskSection:
     name: str = _doc("arithmetic", "task of the registry (tracerl_jax.data.tasks)")
-    path: str | None = _doc(None, "training rows (JSONL file or hub:NAME[:SPLIT]), for tasks read from a file")
-    eval_path: str | None = _doc(None, "held-out rows (JSONL file or hub:NAME[:SPLIT])")
-    template: str | None = _doc(None, "prompt template, default: the task's")
+    path: str | None = _doc(None, "training rows: a file, hub:.., package:.., default: the task's (docs/tasks.md)")
+    eval_path: str | None = _doc(None, "held-out rows: the same")
+    template: str | None = _doc(None, "prompt template, default: the task's (docs/tasks.md)")
+    prefix: str | None = _doc(None, "what every response is made to begin with, default: the row's own (code)")
     rewards: dict[str, float] = _doc({}, "reward name -> weight, default: the task's")
     max_prompt_tokens: int = _doc(256, "longer prompts are bad rows")
     on_bad_row: Literal["fail", "skip"] = _doc("fail", "what to do with unusable rows")
@@ -150,6 +151,8 @@ class RolloutSection:
     threshold: float = _doc(0.9, "confidence above which `dynamic` reveals")
     entropy_bound: float = _doc(0.35, "bound of `entropy_bounded`")
     max_tokens: int = _doc(256, "completion limit")
+    block_size_schedule: dict[str, int] = _doc({}, "RL step -> block size from that step on: {1: 4, 100: 8}")
+    max_tokens_schedule: dict[str, int] = _doc({}, "RL step -> completion limit from that step on: {1: 256, 100: 512}")
     temperature: float = _doc(1.0, "sampling temperature, 0: greedy")
     top_k: int = _doc(0, "0: off")
     top_p: float = _doc(1.0, "1: off")
@@ -160,6 +163,36 @@ class RolloutSection:
             self, "rollout", "prompts_per_step", "samples_per_prompt", "slots_per_device", "tensor", "drafts",
             "max_tokens",
         )
+        for name in ("block_size_schedule", "max_tokens_schedule"):
+            for step, value in getattr(self, name).items():
+                _require(
+                    step.isdecimal() and value >= 1,
+                    f"rollout.{name} holds {{{step}: {value}}}; it must map RL steps (whole numbers) to values of at "
+                    "least 1, such as {1: 4, 100: 8}",
+                )
+
+    def at(self, step: int) -> "RolloutSection":
+        """What holds at an RL step, of which 1 is the first, without schedules."""
+        return replace(
+            self, block_size=_scheduled(self.block_size_schedule, step, self.block_size), block_size_schedule={},
+            max_tokens=_scheduled(self.max_tokens_schedule, step, self.max_tokens), max_tokens_schedule={},
+        )  # fmt: skip
+
+    def stages(self) -> "list[RolloutSection]":
+        """What holds in turn in the course of RL."""
+        starts = {max(1, int(step)) for step in (1, *self.block_size_schedule, *self.max_tokens_schedule)}
+        return [self.at(step) for step in sorted(starts)]
+
+    @property
+    def longest(self) -> int:
+        """The largest completion limit of RL."""
+        return max(stage.max_tokens for stage in self.stages())
+
+
+def _scheduled(schedule: dict[str, int], step: int, before: int | None) -> int | None:
+    """The value of the last entry that `step` has reached; `before` until the first one."""
+    reached = [int(start) for start in schedule if int(start) <= step]
+    return {int(start): value for start, value in schedule.items()}[max(reached)] if reached else before
 
 
 @dataclass(frozen=True)
@@ -173,13 +206,19 @@ class RLSection:
     advantage: Literal["group_zscore", "leave_one_out"] = _doc("group_zscore", "baseline inside a group")
     accuracy_low: float = _doc(0.2, "groups below this accuracy are dropped")
     accuracy_high: float = _doc(0.8, "groups above this accuracy are dropped")
+    sampling_rounds: int = _doc(1, "rounds of rollouts until rollout.prompts_per_step groups are kept; 1: no more")
+    curriculum: Literal["none", "success_rate"] = _doc(
+        "none", "problems in a random order, each once an epoch, or drawn by their running success rate"
+    )
+    curriculum_momentum: float = _doc(0.5, "share of a problem's old success rate that stays when it comes up again")
+    curriculum_floor: float = _doc(0.1, "weight of a problem always or never solved; one solved half the time has 1")
     clip_low: float = _doc(0.2, "ratio clipped below at 1 - clip_low")
     clip_high: float = _doc(0.2, "ratio clipped above at 1 + clip_high")
     kl_coef: float = _doc(0.01, "weight of the KL penalty")
     kl_estimator: Literal["k1", "k2", "k3"] = _doc("k3", "KL estimator")
     kl_to: Literal["old", "reference"] = _doc("old", "policy at the start of the step, or the frozen initial policy")
     normaliser: Literal["tokens", "sequences", "constant", "reference"] = _doc("tokens", "denominator of the loss")
-    normaliser_constant: int | None = _doc(None, "length for `constant`, default: rollout.max_tokens")
+    normaliser_constant: int | None = _doc(None, "length for `constant`, default: the largest rollout.max_tokens")
     old_logprobs: Literal["rollout", "recompute"] = _doc("rollout", "the sampler's, or a forward before the update")
     overlap: Literal["none", "one_step_off"] = _doc("none", "decode the next step's samples beside this one's updates")
     importance_sampling: Literal["none", "token", "sequence"] = _doc(
@@ -197,8 +236,16 @@ class RLSection:
         _require_not_negative(self, "rl", "steps", "clip_low", "clip_high", "kl_coef")
         _require_positive(
             self, "rl", "block_size", "shrink", "normaliser_constant", "minibatches", "epochs", "row_length",
-            "rows_per_device", "max_skipped_updates",
+            "rows_per_device", "max_skipped_updates", "sampling_rounds",
         )  # fmt: skip
+        _require(
+            0 <= self.curriculum_momentum < 1,
+            f"rl.curriculum_momentum is {self.curriculum_momentum}, must be at least 0 and below 1",
+        )
+        _require(
+            0 < self.curriculum_floor <= 1,
+            f"rl.curriculum_floor is {self.curriculum_floor}, must be above 0 and at most 1",
+        )
         _require(
             0 <= self.accuracy_low <= self.accuracy_high <= 1,
             f"need 0 <= rl.accuracy_low <= rl.accuracy_high <= 1, got {self.accuracy_low} and {self.accuracy_high}",
@@ -322,10 +369,21 @@ class RunConfig:
 
         Without the model's block size an `rl.block_size` beside `rollout.block_size=None` is taken to be the same.
         """
-        rollout = self.rollout.block_size or model_block_size
-        same_states = self.rl.shrink == 1 and (rollout is None or self.rl.block_size in (None, rollout))
+        sizes = [stage.block_size or model_block_size for stage in self.rollout.stages()]
+        same_size = self.rl.block_size is None or all(size in (None, self.rl.block_size) for size in sizes)
+        same_states = self.rl.shrink == 1 and same_size
         other = "rl.shrink > 1 or another rl.block_size than the rollout's scores other states than the sampler visited"
         _require(same_states or self.rl.old_logprobs == "recompute", f"{other}: set rl.old_logprobs=recompute")
         _require(
             same_states or self.rl.importance_sampling == "none", f"{other}: set rl.importance_sampling=none"
         )
+
+    def heaviest(self, model_block_size: int) -> "RunConfig":
+        """The config with the largest values of its schedules in their place: what a plan must make room for."""
+        stages = self.rollout.stages()
+        block_size = max(stage.block_size or model_block_size for stage in stages)
+        rollout = replace(
+            self.rollout, block_size=block_size, max_tokens=self.rollout.longest,
+            block_size_schedule={}, max_tokens_schedule={},
+        )  # fmt: skip
+        return replace(self, rollout=rollout) if len(stages) > 1 or stages[0] != self.rollout else self

@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from tracerl_jax.data.arithmetic import CHARACTERS, Difficulty, make_problems, split_of
+from tracerl_jax.data.arithmetic import CHARACTERS, Difficulty, make_problems
 from tracerl_jax.data.char_tokenizer import build_char_tokenizer
+from tracerl_jax.data.procedural import split_of
 from tracerl_jax.errors import ConfigError
 
 difficulties = st.builds(

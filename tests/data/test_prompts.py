@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from tracerl_jax.data.char_tokenizer import build_char_tokenizer
-from tracerl_jax.data.prompts import encode_prompts, encode_sft, render_prompt
-from tracerl_jax.errors import ConfigError, DataError, UserError
+from tracerl_jax.data.prompts import encode_prompts, encode_sft
+from tracerl_jax.errors import ConfigError, DataError
 
 EOS, MASK = 1, 2
 
@@ -17,27 +17,6 @@ def tokenizer(tmp_path_factory):
 
 def ids(text):
     return ["0123456789+-=;#".index(character) + 4 for character in text]
-
-
-def test_templates(tokenizer):
-    boxed = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-    assert render_prompt("1+{2}", tokenizer, "plain") == "1+{2}"
-    assert render_prompt("1+{2}", tokenizer, "Q: {question} A:") == "Q: 1+{2} A:"
-    assert render_prompt("q", tokenizer, "chat") == f"q{boxed}"
-    assert render_prompt("q", tokenizer, "math") == f"<|im_start|>user\nq{boxed}<|im_end|>\n<|im_start|>assistant"
-    assert render_prompt("q", tokenizer, "math_think") == (
-        "<|im_start|>user\nYou need to put your final answer in \\boxed{}. This is the problem:\nq<|im_end|>\n"
-        "<|im_start|>assistant<think>"
-    )
-    with pytest.raises(ConfigError, match=r"unknown template 'maths'; use one of chat, plain, math, math_think"):
-        render_prompt("q", tokenizer, "maths")
-
-
-def test_chat_needs_a_chat_template(tokenizer, tmp_path):
-    bare = build_char_tokenizer(tmp_path)
-    bare.chat_template = None
-    with pytest.raises(UserError, match="no chat template"):
-        render_prompt("q", bare, "chat")
 
 
 def test_prompts_stay_whole_records(tokenizer, caplog):
@@ -65,6 +44,43 @@ def test_prompts_stay_whole_records(tokenizer, caplog):
             encode_prompts([rows[0], row], tokenizer, "plain", 8)
     with pytest.raises(DataError, match=r"none of the 1 rows can be used: f.jsonl:2: the prompt has 9 tokens"):
         encode_prompts(rows[1:2], tokenizer, "plain", 8, on_bad_row="skip")
+
+
+FUNCTION = {"question": "1+", "prefix": "2=", "test_method": "function"}
+
+
+@pytest.mark.parametrize(
+    "row, template, prefix, text, begin",
+    [
+        (FUNCTION, "plain", None, "1+2=", "2="),
+        (FUNCTION, "{question};", None, "1+;2=", "2="),
+        (FUNCTION, "plain", "", "1+", ""),
+        (FUNCTION, "plain", "3", "1+3", "3"),
+        (FUNCTION, "sdar_think", None, None, ""),
+        ({"question": "1+", "prefix": "2="}, "plain", None, "1+", ""),
+        ({"question": "1+", "prefix": "2=", "test_method": "stdio"}, "plain", None, "1+", ""),
+        ({"question": "1+"}, "plain", "2=", "1+2=", "2="),
+    ],
+)
+def test_what_a_response_begins_with_is_part_of_its_prompt(tokenizer, row, template, prefix, text, begin):
+    (problem,) = encode_prompts([row], tokenizer, template, 500, prefix=prefix)
+    assert problem.prefix == begin
+    if text is not None:
+        assert problem.prompt_text == text and problem.prompt_ids.tolist() == ids(text)
+
+
+def test_a_prefix_must_be_a_text_and_not_stand_before_thinking(tokenizer):
+    with pytest.raises(DataError, match="row 1: no text in field 'prefix'"):
+        encode_prompts([FUNCTION | {"prefix": ["2="]}], tokenizer, "plain", 500)
+    with pytest.raises(ConfigError, match=r"sdar_think makes the response begin with <think>.*task\.prefix"):
+        encode_prompts([FUNCTION], tokenizer, "sdar_think", 500, prefix="2=")
+
+
+def test_supervised_responses_are_cut_behind_the_prefix(tokenizer):
+    rows = [FUNCTION | {"response": "2=3"}, FUNCTION | {"response": "3"}]
+    whole, other = encode_sft(rows, tokenizer, "plain", max_prompt_tokens=9, max_response_tokens=9)
+    assert whole.prompt_ids.tolist() == ids("1+2=") and whole.response_ids.tolist() == [*ids("3"), EOS]
+    assert other.prompt_ids.tolist() == ids("1+") and other.response_ids.tolist() == [*ids("3"), EOS]
 
 
 def encode(rows, tokenizer, on_bad_row="fail"):

@@ -92,10 +92,10 @@ def in_the_thread(patch, step, action):
     """Do something in the rollout's thread while the step before `step` updates."""
     original = rollouts.OneStepOff._make
 
-    def make(self, chosen, number, updates):
+    def make(self, number, *rest):
         if number == step:
             action()
-        return original(self, chosen, number, updates)
+        return original(self, number, *rest)
 
     patch.setattr(rollouts.OneStepOff, "_make", make)
 

@@ -75,6 +75,13 @@ def shy(prompts, completions, **columns):
     return [None if "7" in text else value for text, value in zip(completions, values, strict=True)]
 
 
+@register_reward("tiny_odd")
+def odd_only(prompts, completions, *, ground_truth_answer, **columns):
+    """The same for problems with an odd answer; the others' groups all agree, so that they are dropped."""
+    values = high_digits(prompts, completions)
+    return [value * (int(gold) % 2) for value, gold in zip(values, ground_truth_answer, strict=True)]
+
+
 @register_reward("tiny_flat")
 def flat(prompts, completions, **columns):
     return [1.0] * len(completions)

@@ -6,15 +6,13 @@
 """
 
 import random
-import zlib
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
 
+from tracerl_jax.data.procedural import Counts, Split, distinct_rows
 from tracerl_jax.errors import ConfigError
 
 CHARACTERS = "0123456789+-=;#"
-HELD_OUT_SHARE = 5  # one question in five belongs to the test split
-MAX_DRAWS = 10_000  # draws in a row without a new question: the split is exhausted
 
 
 @dataclass(frozen=True)
@@ -46,33 +44,20 @@ class Difficulty:
             raise ConfigError(f"arithmetic needs 0 <= shortcuts <= 100 (per cent), got {self.shortcuts}")
 
 
-def make_problems(seed: int, count: int, split: Literal["train", "test"], difficulty: Difficulty) -> list[dict]:
-    """`count` different rows `{question, ground_truth_answer, response}`, a function of the arguments only.
+@dataclass(frozen=True)
+class ArithmeticOptions(Counts, Difficulty):
+    """`options` of the task arithmetic."""
 
-    The splits are disjoint for any seeds and difficulties: a hash of the question decides which one it belongs to.
-    Raises `ConfigError` when the split has fewer than `count` questions.
-    """
-    draw = random.Random(seed)
-    rows: dict[str, dict] = {}
-    misses = 0
-    while len(rows) < count:
-        row = _draw_problem(draw, difficulty)
-        question = row["question"]
-        if question in rows or split_of(question) != split:
-            misses += 1
-            if misses == MAX_DRAWS:
-                raise ConfigError(
-                    f"arithmetic has only about {len(rows)} {split} questions of this difficulty, {count} were asked "
-                    f"for; use fewer or raise digits or max_operands ({difficulty})"
-                )
-            continue
-        misses = 0
-        rows[question] = row
-    return list(rows.values())
+    def rows(self, split: Split, count: int) -> list[dict]:
+        return make_problems(self.seed, count, split, self)
 
 
-def split_of(question: str) -> Literal["train", "test"]:
-    return "test" if zlib.crc32(question.encode()) % HELD_OUT_SHARE == 0 else "train"
+def make_problems(seed: int, count: int, split: Split, difficulty: Difficulty) -> list[dict]:
+    """`count` different rows `{question, ground_truth_answer, response}`, see `distinct_rows`."""
+    return distinct_rows(
+        partial(_draw_problem, difficulty=difficulty), seed, count, split,
+        name="arithmetic", remedy=f"raise digits or max_operands ({difficulty})",
+    )  # fmt: skip
 
 
 def _draw_problem(draw: random.Random, difficulty: Difficulty) -> dict:

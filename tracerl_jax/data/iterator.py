@@ -1,5 +1,7 @@
 """Which problems come next: a seeded global order whose whole state is three integers."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from tracerl_jax.errors import DataError
@@ -22,8 +24,8 @@ class PromptIterator:
         self._position = 0
         self._order = _epoch_order(count, seed, 0)
 
-    def next(self, batch: int) -> np.ndarray:
-        """The next `batch` indices, int64 [batch]."""
+    def next(self, batch: int, avoid: Sequence[int] = ()) -> np.ndarray:
+        """The next `batch` indices, int64 [batch]. `avoid` changes nothing here: an epoch repeats nothing anyway."""
         parts = []
         while batch > 0:
             if self._position == self.count:
@@ -33,6 +35,12 @@ class PromptIterator:
             batch -= len(part)
             parts.append(part)
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def record(self, indices: Sequence[int], rates: Sequence[float]) -> None:
+        """How well the problems were solved: changes nothing here."""
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
     def state(self) -> dict[str, int]:
         """Everything needed to continue: `{"epoch", "position", "seed"}`."""

@@ -1,15 +1,15 @@
 """JSON Lines in and out. A bad row is named by file and line, and either stops the reading or is skipped and counted.
 
-A `.json` file holding one array of objects (the format of the dLLM-RL data sets) is read too, and `hub:NAME[:SPLIT]`, a
-data set of the Hugging Face hub (or a local folder of one); there the "line" is the 1-based position of the row.
+The other sources of data/sources.py (an array, the hub, a package) are read too; there the "line" is the 1-based
+position of the row.
 """
 
 import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 
+from tracerl_jax.data.sources import adapter_of, raw_rows
 from tracerl_jax.errors import DataError
 from tracerl_jax.files import replacing, to_line
 
@@ -17,7 +17,6 @@ logger = logging.getLogger(__name__)
 
 ON_BAD_ROW = ("fail", "skip")
 REASONS_SHOWN = 3
-HUB = "hub:"
 
 
 class BadRows:
@@ -50,19 +49,26 @@ def read_jsonl(
     required: Sequence[str] = (),
     check: Callable[[dict], str] = lambda row: "",
 ) -> Iterator[tuple[int, dict]]:
-    """Yields (1-based line number, object) for every row of `path`.
+    """Yields (1-based line number, object) for every row of `path`, which may be any source of data/sources.py.
 
     A blank line, invalid UTF-8, text that is not JSON, a value that is not an object, an object without one of the
     `required` fields (absent or null), and one for which `check` says what is wrong are bad rows. Raises `DataError`
     for an unreadable file and, with `on_bad_row="fail"`, for the first bad row; with "skip" bad rows are left out, and
     how many is logged when the reading ends.
     """
-    bad = BadRows(on_bad_row)
+    bad, adapt = BadRows(on_bad_row), adapter_of(str(path))
     kept = 0
     try:
-        for line, text in _hub_rows(str(path)) if str(path).startswith(HUB) else _raw_rows(Path(path)):
+        for line, text in raw_rows(str(path)):
             problem, row = _parse(text)
             if row is not None:
+                try:
+                    row = adapt(row)
+                except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+                    bad.add(f"{path}:{line}: not as the data set was published ({error!r})", "correct the row")
+                    continue
+                if row is None:
+                    continue  # of another part of the data set
                 missing = [name for name in required if row.get(name) is None]
                 has = f" (it has {', '.join(row) or 'no fields'})"
                 problem = f"missing field {', '.join(map(repr, missing))}{has}" if missing else check(row)
@@ -73,35 +79,6 @@ def read_jsonl(
             yield line, row
     finally:  # also when the reader stops early
         bad.report(kept)
-
-
-def _raw_rows(path: Path) -> Iterator[tuple[int, bytes | object]]:
-    """(line number, raw bytes), or (position, decoded value) for a file that is one JSON array."""
-    try:
-        with path.open("rb") as file:
-            if path.suffix == ".json" and file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-                file.seek(0)
-                yield from enumerate(json.loads(file.read()), start=1)
-            else:
-                file.seek(0)
-                yield from enumerate(file, start=1)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not a JSON array ({error}); use one JSON object per line instead") from error
-
-
-def _hub_rows(path: str) -> Iterator[tuple[int, dict]]:
-    """(position, row) of `hub:NAME[:SPLIT]`; the split is train when it is left out."""
-    from datasets import load_dataset  # takes seconds
-
-    name, _, split = path.removeprefix(HUB).partition(":")
-    try:
-        rows = load_dataset(name, split=split or "train")
-    except Exception as error:  # datasets raises whatever its parts raise
-        reason = (str(error).splitlines() or [""])[0]
-        raise DataError(f"{path}: cannot be loaded ({reason}); check name, split and network") from error
-    yield from enumerate(rows, start=1)
 
 
 def _parse(raw: bytes | object) -> tuple[str, dict | None]:

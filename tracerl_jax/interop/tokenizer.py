@@ -153,13 +153,15 @@ class StreamDecoder:
 
 
 def render_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
-) -> str:
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True,
+    **variables: object,
+) -> str:  # fmt: skip
     """The text of a conversation in the tokenizer's own template.
 
     Args:
         messages: dicts with `role` and `content`.
         add_generation_prompt: end with the opening of the assistant's turn.
+        variables: of the template, such as `enable_thinking`; one that it does not know changes nothing.
 
     Raises:
         CheckpointError: the tokenizer has no chat template.
@@ -169,4 +171,6 @@ def render_chat(
             f"{tokenizer.name_or_path}: the tokenizer has no chat template; add chat_template.jinja to the folder, or "
             "give a prompt template"
         )
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+    return tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **variables
+    )

@@ -143,7 +143,7 @@ def _rollout_programs(
         model, abstract_rollout_params(model),
         EngineConfig(slots, commit=section.commit, drafts=section.drafts, kv_dtype=section.kv_dtype),
     )  # fmt: skip
-    options = rollout_options(config, seed=0)
+    options = rollout_options(config.rollout, seed=0)
     requests = [
         Request(_prompt(i // section.samples_per_prompt, config, model.config), options, sample_index=i)
         for i in range(samples)

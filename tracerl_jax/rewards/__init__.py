@@ -1,6 +1,17 @@
 """Verifiable rewards: a registry of functions and the built-in ones."""
 
-from tracerl_jax.rewards import code, exact, judge, math, reward_model, shape
+from tracerl_jax.rewards import (
+    code,
+    countdown,
+    exact,
+    gym,
+    judge,
+    math,
+    option,
+    reward_model,
+    shape,
+    sudoku,
+)
 from tracerl_jax.rewards.registry import (
     Answers,
     RewardResult,
@@ -21,11 +32,14 @@ __all__ = [
     "Verdict",
     "check_row",
     "code",
+    "countdown",
     "exact",
     "get_answers",
     "get_reward",
+    "gym",
     "judge",
     "math",
+    "option",
     "register_reward",
     "reward_model",
     "rewards_of_steps",
@@ -33,4 +47,5 @@ __all__ = [
     "shape",
     "start_rewards",
     "step_verdict",
+    "sudoku",
 ]

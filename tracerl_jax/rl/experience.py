@@ -59,10 +59,13 @@ def judge(
         pieces: response ids to the text of each, which join to what `decode` gives.
     """
     owners = [problem for problem in problems for _ in range(samples_per_prompt)]
-    texts = [decode(trace.ids) for trace in traces]
+    texts = [owner.prefix + decode(trace.ids) for owner, trace in zip(owners, traces, strict=True)]
     token_ends = ends = None
     if rewards_of_steps(rewards):
-        token_ends = [np.cumsum([len(piece) for piece in pieces(trace.ids)]) for trace in traces]
+        token_ends = [
+            len(owner.prefix) + np.cumsum([len(piece) for piece in pieces(trace.ids)])
+            for owner, trace in zip(owners, traces, strict=True)
+        ]
         ends = [step_ends(text, of_tokens, process) for text, of_tokens in zip(texts, token_ends, strict=True)]
     result = score(rewards, [p.prompt_text for p in owners], texts, [p.columns for p in owners], ends)
     correct = np.where(np.isnan(result.by_name[accuracy_reward]), np.nan, result.by_name[accuracy_reward] >= 1)

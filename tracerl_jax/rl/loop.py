@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from tracerl_jax.config import RunConfig
-from tracerl_jax.data.iterator import PromptIterator
+from tracerl_jax.data.curriculum import open_iterator
 from tracerl_jax.models import Model
 from tracerl_jax.report.metrics import MetricLog, PhaseTimer, merge
 from tracerl_jax.report.samples import sample_row
@@ -32,7 +32,7 @@ def make_learner(model: Model, config: RunConfig) -> Learner:
     return Learner(
         model,
         dataclasses.replace(
-            config.rl, normaliser_constant=config.rl.normaliser_constant or config.rollout.max_tokens
+            config.rl, normaliser_constant=config.rl.normaliser_constant or config.rollout.longest
         ),
         config.value,
         make_optimizer(config.rl.optimizer, policy_updates(config)),
@@ -59,7 +59,7 @@ def train_rl(
     that goes on repeats the call of the step it stopped at.
     """
     config = run.config
-    iterator = PromptIterator(len(run.train_problems), config.seed)
+    iterator = open_iterator(len(run.train_problems), config.seed, config.rl)
     if progress.data is not None:
         iterator.restore(progress.data)
     guard = NonFiniteGuard(run.path, config.rl.max_skipped_updates, progress.skipped_in_a_row)
@@ -124,7 +124,7 @@ def update(
     `stale`: the policy has been updated since it sampled them.
     """
     config = run.config
-    block_size = config.rl.block_size or config.rollout.block_size or run.model.config.block_size
+    block_size = config.rl.block_size or config.rollout.at(step).block_size or run.model.config.block_size
     plan = plan_replays(
         kept, config.rl, mask_id=run.model.config.mask_token_id, block_size=block_size, seed=config.seed, step=step
     )

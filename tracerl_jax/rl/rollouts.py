@@ -9,20 +9,30 @@ Both lines of a column start with the same weights: those after update k-1 decod
 what a sample is decoded with never depends on timing. At a barrier the samples of the next step are there and nobody
 works: that is where a run is saved, the samples with it, and where it is evaluated. The last step decodes ahead too, so
 that a run that is continued with more steps goes on as if it had never ended.
+
+Where the filter of `select` drops groups, further problems are sampled in their place, in up to `rl.sampling_rounds`
+rounds:
+
+    round 1    prompts_per_step problems     decode, judge, count the groups that are kept
+    round 2    as many as are missing        ..
 """
 
+import dataclasses
 import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from tracerl_jax.data.curriculum import SuccessRateCurriculum
 from tracerl_jax.data.iterator import PromptIterator
-from tracerl_jax.data.prompts import Problem
 from tracerl_jax.diffusion.trace import Trace
 from tracerl_jax.report.metrics import PhaseTimer
-from tracerl_jax.rl.experience import Sample, judge
+from tracerl_jax.rl.experience import Sample, judge, select
 from tracerl_jax.rollout.engine import Engine
 from tracerl_jax.rollout.options import Request
 from tracerl_jax.training.run import Run, rollout_options
@@ -37,13 +47,16 @@ class Experience:
     policy_updates: int  # that the policy that sampled them had had
     rollout_seconds: float
     reward_seconds: float
+    sampling: dict[str, float] = field(default_factory=dict)  # metrics: of the rounds, of what draws the problems
 
     @property
     def traces(self) -> list[Trace]:
         return [sample.trace for sample in self.samples]
 
 
-_SAVED = ("problems", "policy_updates", "rollout_seconds", "reward_seconds")  # of an Experience, beside its traces
+_SAVED = ("problems", "policy_updates", "rollout_seconds", "reward_seconds", "sampling")  # beside the traces
+
+Problems = PromptIterator | SuccessRateCurriculum  # what draws them
 
 
 class Rollouts:
@@ -54,20 +67,12 @@ class Rollouts:
         rollouts.after_update(params)   or goes on with the new weights
     """
 
-    def __init__(self, run: Run, engine: Engine, iterator: PromptIterator):
+    def __init__(self, run: Run, engine: Engine, iterator: Problems):
         self.run, self.engine, self.iterator = run, engine, iterator
 
     def take(self, step: int, updates: int, timer: PhaseTimer) -> Experience:
         """Samples for this step; nothing has changed yet: may be interrupted. `updates`: that the policy has had."""
-        chosen = self._draw()
-        problems = [self.run.train_problems[i] for i in chosen]
-        start = time.perf_counter()
-        with timer("rollout"):
-            traces = list(self.run.watch(self.engine.generate(requests_of(self.run, problems, step))))
-        decoded = time.perf_counter()
-        with timer("reward"):
-            samples = judge_traces(self.run, problems, traces)
-        return Experience(chosen, samples, updates, decoded - start, time.perf_counter() - decoded)
+        return self._make(step, updates, timer, self._decode)
 
     def before_update(self, step: int, updates: int) -> None:
         self.engine.update_params(None)
@@ -81,13 +86,44 @@ class Rollouts:
         return None
 
     def metrics(self, experience: Experience, updates: int) -> dict[str, float]:
-        return {}
+        return experience.sampling
 
     def close(self) -> None:
         pass
 
-    def _draw(self) -> list[int]:
-        return self.iterator.next(self.run.config.rollout.prompts_per_step).tolist()
+    def _decode(self, requests: Sequence[Request]) -> list[Trace]:
+        return list(self.run.watch(self.engine.generate(requests)))
+
+    def _make(
+        self, step: int, updates: int, timer: PhaseTimer, decode: Callable[[Sequence[Request]], list[Trace]]
+    ) -> Experience:
+        """Rounds until enough groups are kept; draws problems and records how well they were solved."""
+        config = self.run.config
+        chosen: list[int] = []
+        samples: list[Sample] = []
+        rounds, decoding, judging, missing = 0, 0.0, 0.0, config.rollout.prompts_per_step
+        while missing and rounds < config.rl.sampling_rounds:
+            drawn = self.iterator.next(missing, avoid=chosen).tolist()
+            start = time.perf_counter()
+            with timer("rollout"):
+                traces = decode(requests_of(self.run, drawn, step, before=chosen))
+            decoded = time.perf_counter()
+            with timer("reward"):
+                judged = judge_traces(self.run, drawn, traces)
+            decoding, judging = decoding + decoded - start, judging + time.perf_counter() - decoded
+            samples += [dataclasses.replace(sample, group=sample.group + len(chosen)) for sample in judged]
+            chosen += drawn
+            self.iterator.record(drawn, _success_rates(judged))
+            kept = len({sample.group for sample in select(samples, config.rl)})
+            rounds, missing = rounds + 1, max(0, config.rollout.prompts_per_step - kept)
+        sampling = self.iterator.metrics()
+        if config.rl.sampling_rounds > 1:
+            sampling |= {"sampling/rounds": float(rounds), "sampling/prompts": float(len(chosen))}
+        stage = config.rollout.at(step)
+        if len(config.rollout.stages()) > 1:
+            block_size = stage.block_size or self.run.model.config.block_size
+            sampling |= {"rollout/max_tokens": float(stage.max_tokens), "rollout/block_size": float(block_size)}
+        return Experience(chosen, samples, updates, decoding, judging, sampling)
 
 
 class OneStepOff(Rollouts):
@@ -96,7 +132,7 @@ class OneStepOff(Rollouts):
     `ahead`: what this method gave when the run was saved.
     """
 
-    def __init__(self, run: Run, engine: Engine, iterator: PromptIterator, params: Any, ahead: dict | None):
+    def __init__(self, run: Run, engine: Engine, iterator: Problems, params: Any, ahead: dict | None):
         super().__init__(run, engine, iterator)
         self._next = None if ahead is None else _restored(run, ahead)
         self._pending: Future[Experience] | None = None
@@ -112,7 +148,8 @@ class OneStepOff(Rollouts):
         return experience
 
     def before_update(self, step: int, updates: int) -> None:
-        self._pending = self._thread.submit(self._make, self._draw(), step + 1, updates)
+        # The thread alone draws problems until `after_update`. The phases of the step's timer are this thread's.
+        self._pending = self._thread.submit(self._make, step + 1, updates, PhaseTimer(), self._decode_beside)
 
     def after_update(self, params: Any, timer: PhaseTimer) -> None:
         """Raises what the thread raised."""
@@ -128,7 +165,7 @@ class OneStepOff(Rollouts):
         return known | {"traces": [trace.to_row() for trace in self._next.traces]}
 
     def metrics(self, experience: Experience, updates: int) -> dict[str, float]:
-        return {
+        return experience.sampling | {
             "overlap/staleness": float(updates - experience.policy_updates),
             "overlap/rollout_seconds": experience.rollout_seconds,
             "overlap/reward_seconds": experience.reward_seconds,
@@ -139,17 +176,13 @@ class OneStepOff(Rollouts):
         self._cancelled.set()
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _make(self, chosen: list[int], step: int, updates: int) -> Experience:
-        problems = [self.run.train_problems[i] for i in chosen]
-        start = time.perf_counter()
-        numbers = [self.engine.submit(request) for request in requests_of(self.run, problems, step)]
+    def _decode_beside(self, requests: Sequence[Request]) -> list[Trace]:
+        numbers = [self.engine.submit(request) for request in requests]
         finished: dict[int, Trace] = {}
         while self.engine.busy:
             self._go_on()
             finished |= self.engine.step()
-        decoded = time.perf_counter()
-        samples = judge_traces(self.run, problems, [finished[number] for number in numbers])
-        return Experience(chosen, samples, updates, decoded - start, time.perf_counter() - decoded)
+        return [finished[number] for number in numbers]
 
     def _go_on(self) -> None:
         if self._cancelled.is_set():
@@ -157,7 +190,7 @@ class OneStepOff(Rollouts):
 
 
 def open_rollouts(
-    run: Run, engine: Engine, iterator: PromptIterator, params: Any, ahead: dict | None
+    run: Run, engine: Engine, iterator: Problems, params: Any, ahead: dict | None
 ) -> Rollouts:
     """By `rl.overlap`. `params` are the policy's, `ahead` is what `Rollouts.ahead` gave when the run was saved."""
     if run.config.rl.overlap == "none":
@@ -165,21 +198,25 @@ def open_rollouts(
     return OneStepOff(run, engine, iterator, params, ahead)
 
 
-def requests_of(run: Run, problems: Sequence[Problem], step: int) -> list[Request]:
-    """What a step decodes, the samples of a problem side by side."""
-    # A problem that comes up again in another step must draw other noise.
-    options = rollout_options(run.config, seed=(run.config.seed * 1_000_003 + step) % 2**32)
-    return [
-        Request(problem.prompt_ids, options, sample_index=index)
-        for problem in problems
-        for index in range(run.config.rollout.samples_per_prompt)
-    ]
+def requests_of(run: Run, chosen: Sequence[int], step: int, before: Sequence[int] = ()) -> list[Request]:
+    """What a step decodes for the chosen problems, the samples of a problem side by side. `before`: what it has
+    decoded already."""
+    section = run.config.rollout.at(step)
+    # A problem that comes up again, in another step or in this one, must draw other noise.
+    options = rollout_options(section, seed=(run.config.seed * 1_000_003 + step) % 2**32)
+    times, requests = Counter(before), []
+    for problem in chosen:
+        first = times[problem] * section.samples_per_prompt
+        times[problem] += 1
+        prompt = run.train_problems[problem].prompt_ids
+        requests += [Request(prompt, options, sample_index=first + i) for i in range(section.samples_per_prompt)]
+    return requests
 
 
-def judge_traces(run: Run, problems: Sequence[Problem], traces: Sequence[Trace]) -> list[Sample]:
+def judge_traces(run: Run, chosen: Sequence[int], traces: Sequence[Trace]) -> list[Sample]:
     task, section = run.task, run.config.rollout
     return judge(
-        problems, traces, run.decode,
+        [run.train_problems[i] for i in chosen], traces, run.decode,
         rewards={task.accuracy_reward: 0.0, **task.rewards}, accuracy_reward=task.accuracy_reward,
         samples_per_prompt=section.samples_per_prompt, truncated_is_wrong=section.truncated_is_wrong,
         process=run.config.reward.process, pieces=run.pieces,
@@ -189,5 +226,14 @@ def judge_traces(run: Run, problems: Sequence[Problem], traces: Sequence[Trace])
 def _restored(run: Run, ahead: dict) -> Experience:
     """The experience of a checkpoint, judged once more."""
     traces = [Trace.from_row(row, f"sample {i} of the checkpoint") for i, row in enumerate(ahead["traces"])]
-    problems = [run.train_problems[i] for i in ahead["problems"]]
-    return Experience(samples=judge_traces(run, problems, traces), **{name: ahead[name] for name in _SAVED})
+    known = {name: ahead[name] for name in _SAVED if name in ahead}
+    return Experience(samples=judge_traces(run, ahead["problems"], traces), **known)
+
+
+def _success_rates(samples: Sequence[Sample]) -> list[float]:
+    """Of every group, in their order; NaN where no sample has a verdict."""
+    correct: dict[int, list[float]] = {}
+    for sample in samples:
+        correct.setdefault(sample.group, []).append(sample.correct)
+    known = ([value for value in values if not np.isnan(value)] for values in correct.values())
+    return [float(np.mean(values)) if values else float("nan") for values in known]

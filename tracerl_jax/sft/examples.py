@@ -9,7 +9,8 @@ import numpy as np
 from tracerl_jax.config import RunConfig, SFTSection
 from tracerl_jax.data.jsonl import BadRows
 from tracerl_jax.data.prompts import Example, encode_sft
-from tracerl_jax.data.tasks import Task, load_rows
+from tracerl_jax.data.rows import load_rows
+from tracerl_jax.data.tasks import Task
 from tracerl_jax.diffusion.corruption import draw_masks, sample_rng
 from tracerl_jax.diffusion.grid import round_up
 from tracerl_jax.diffusion.replay import ReplayItem, masking_item, trace_item
@@ -24,7 +25,7 @@ def load_examples(task: Task, tokenizer, config: RunConfig) -> list[Example]:
     rows = load_rows(config.sft.path, one_of=("response", "ids"), on_bad_row=bad) if config.sft.path else task.train
     examples = encode_sft(
         rows, tokenizer, task.template, max_prompt_tokens=config.task.max_prompt_tokens,
-        max_response_tokens=config.sft.max_response_tokens, on_bad_row=bad,
+        max_response_tokens=config.sft.max_response_tokens, on_bad_row=bad, prefix=config.task.prefix,
     )  # fmt: skip
     if config.sft.method == "trace" and all(example.step_map is None for example in examples):
         log.warning("sft.method=trace, but no row has a step_map: responses are replayed left to right, token by token")

@@ -22,10 +22,10 @@ import numpy as np
 
 import tracerl_jax
 from tracerl_jax import config_io
-from tracerl_jax.config import RunConfig
+from tracerl_jax.config import RolloutSection, RunConfig
 from tracerl_jax.data.char_tokenizer import build_char_tokenizer
 from tracerl_jax.data.prompts import Problem, encode_prompts
-from tracerl_jax.data.tasks import Task, load_task
+from tracerl_jax.data.tasks import Task, get_spec, load_task
 from tracerl_jax.diffusion.grid import round_up
 from tracerl_jax.diffusion.trace import Trace
 from tracerl_jax.errors import ConfigError
@@ -58,7 +58,7 @@ class Progress:
     phase: str = "sft"  # "sft" or "rl"
     sft_step: int = 0
     rl_step: int = 0
-    data: dict | None = None  # position of the phase's PromptIterator
+    data: dict | None = None  # state of what draws the phase's rows (data/iterator.py, data/curriculum.py)
     skipped_in_a_row: dict[str, int] = dataclasses.field(default_factory=dict)  # see training/guard.py
 
     @property
@@ -73,7 +73,8 @@ class Run:
         self.config = config
         self.path = Path(config.runs_dir) / config.name
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-        rollout_options(config, seed=0)  # for its ConfigError
+        for stage in config.rollout.stages():
+            rollout_options(stage, seed=0)  # for its ConfigError
         if config.rl.overlap != "none" and jax.process_count() > 1:
             raise ConfigError(
                 f"rl.overlap={config.rl.overlap} starts programs from two threads, and {jax.process_count()} processes "
@@ -122,14 +123,13 @@ class Run:
 
     def _check_lengths(self) -> None:
         """Raises ConfigError when a prompt and what may be decoded behind it are longer than the model allows."""
-        config, model = self.config, self.model.config
-        block_size = config.rollout.block_size or model.block_size
-        for key, limit, problems in (
-            ("rollout.max_tokens", config.rollout.max_tokens, self.train_problems),
-            ("eval.max_tokens", config.eval.max_tokens or config.rollout.max_tokens, self.test_problems),
+        config, model, rollout = self.config, self.model.config, self.config.rollout
+        for key, limit, block_size, problems in (
+            *(("rollout.max_tokens", s.max_tokens, s.block_size, self.train_problems) for s in rollout.stages()),
+            ("eval.max_tokens", config.eval.max_tokens or rollout.max_tokens, rollout.block_size, self.test_problems),
         ):
             longest = max((len(problem.prompt_ids) for problem in problems), default=0)
-            end = round_up(longest + limit, block_size)
+            end = round_up(longest + limit, block_size or model.block_size)
             if problems and end > model.max_positions:
                 raise ConfigError(
                     f"{key} is {limit}: behind the longest prompt ({longest} tokens) a response may reach position "
@@ -139,6 +139,12 @@ class Run:
     def _load_task(self) -> Task:
         section = self.config.task
         settings.configure(self.config.reward, self.mesh)
+        spec = get_spec(section.name)
+        if self.config.rl.steps and not section.path and spec.options is None:
+            raise ConfigError(
+                f"task {section.name} needs training rows: set task.path to a file, hub:.. or package:.."
+                + (f", or to default, which is {spec.train}" if spec.train else "")
+            )
         task = load_task(
             section.name,
             path=section.path,
@@ -163,8 +169,9 @@ class Run:
         """Rows of the task as prompts, by the task's template and limits."""
         section = self.config.task
         return encode_prompts(
-            rows, self.tokenizer, self.task.template, section.max_prompt_tokens, on_bad_row=section.on_bad_row
-        )
+            rows, self.tokenizer, self.task.template, section.max_prompt_tokens, on_bad_row=section.on_bad_row,
+            prefix=section.prefix,
+        )  # fmt: skip
 
     # Model
 
@@ -294,12 +301,12 @@ class Run:
         return open_log(self.folder, phase, total_steps=total_steps, first_step=first_step, writers=writers)
 
 
-def rollout_options(config: RunConfig, seed: int) -> SamplingOptions:
-    """How RL decodes. Raises ConfigError naming the key."""
+def rollout_options(section: RolloutSection, seed: int) -> SamplingOptions:
+    """How RL decodes at a stage of the run. Raises ConfigError naming the key."""
     names = ("strategy", "threshold", "entropy_bound", "denoising_steps", "block_size", "max_tokens",
              "temperature", "top_k", "top_p")  # fmt: skip
     try:
-        return SamplingOptions(**{name: getattr(config.rollout, name) for name in names}, seed=seed)
+        return SamplingOptions(**{name: getattr(section, name) for name in names}, seed=seed)
     except ConfigError as error:
         raise ConfigError(f"rollout: {error}") from None
 
