@@ -1,11 +1,11 @@
-"""Supervised fine-tuning of Dream-7B on rows with `prompt` and `response` (JSONL), semi-autoregressive masks in blocks of
-16: the paper's start for TraceRL (arXiv 2509.06949).
+"""Supervised fine-tuning of Dream-7B on rows with `prompt` and `response` (JSONL), semi-autoregressive masks in blocks
+of 16: the TraceRL paper's settings (arXiv 2509.06949).
 
     tracerl sft --config sft_dream_7b --config.model.path=Dream-v0-Instruct-7B --config.sft.path=rows.jsonl
 
-`--config.sft.method=random_masking` hides tokens all over a response, `trace` replays a recorded order (`step_map`), `ar`
-trains the next token, for a start from autoregressive weights (docs/families.md). End responses with <|im_end|> if the
-model is to end its turn so; <|endoftext|> is added.
+`--config.sft.method=random_masking` hides tokens all over a response, `trace` replays a recorded order (`step_map`),
+`ar` trains the next token, for a start from autoregressive weights (docs/families.md). End responses with <|im_end|> if
+the model is to end its turn so; <|endoftext|> is added.
 """
 
 from ml_collections import ConfigDict

@@ -17,8 +17,11 @@ from replay_utils import check_gradients, fill_up, read_lists
 from tracerl_jax.diffusion.packing import pack
 from tracerl_jax.diffusion.replay import causal_item, masking_item, shrunk_steps, slices_item
 from tracerl_jax.models import Model
+from tracerl_jax.parallel.mesh import make_mesh
+from tracerl_jax.parallel.sharding import param_shardings
 from tracerl_jax.rl.logprobs import packed_logprobs
 from tracerl_jax.rl.objectives import cross_entropy
+from tracerl_jax.training.step import put_batch
 
 CASES = [(name, f"f{i:02}") for name in FULL_NAMES for i in range(7 if name == "dream_tiny" else 4)]
 SHAPE = (2, 128, 64)  # N, T, P of every case: each program compiles once
@@ -96,3 +99,20 @@ def test_losses_and_gradients(name, case):
         grads["embed"]["embedding"] = grads["embed"]["embedding"].at[golden.config.pad_token_id].set(0)
     names = golden.arrays("sft")["param_names"]
     assert check_gradients(grads, golden.config.family, data, "", names) == 4
+
+
+def test_a_mesh_changes_nothing():
+    """Rows over data and fsdp, heads, biases and vocabulary over tensor."""
+    golden, *_, pieces = load("dream_tiny", "f02")
+    rows = fill_up(pack([piece for _, piece in pieces], row_length=SHAPE[1]), (4, *SHAPE[1:]))
+    model = Model(golden.config, mesh=make_mesh(2, 2, 2))
+    sharded = jax.device_put(golden.params_new, param_shardings(model, model.mesh))
+    (loss, logp), grads = loss_and_gradient(model, sharded, put_batch(rows, model.mesh), rows.target_weight)
+    (want, want_logp), want_grads = loss_and_gradient(
+        Model(golden.config), golden.params_new, rows, rows.target_weight
+    )
+    live = rows.target_item >= 0
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(logp)[live], np.asarray(want_logp)[live], atol=1e-4)
+    for got, expected in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4 * float(np.abs(expected).max()))
