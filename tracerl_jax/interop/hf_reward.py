@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 from tracerl_jax.errors import CheckpointError, ConfigError
 from tracerl_jax.interop.folders import read_json
 from tracerl_jax.interop.hf_load import load_params
-from tracerl_jax.interop.names import TABLE
+from tracerl_jax.interop.names import LLAMA_TENSORS
 from tracerl_jax.models import Model, ModelConfig
 
-NAMES = TABLE | {"value_head/kernel": ("score.weight", True)}
+NAMES = LLAMA_TENSORS | {"value_head/kernel": ("score.weight", True)}
 
 # What a family's configuration class does not say in a key: whether q and k are normalised, q, k and v have biases.
 _FAMILIES = {"qwen2": (False, True), "qwen3": (True, None), "llama": (False, None)}  # None: as attention_bias says
