@@ -14,6 +14,7 @@ from tracerl_jax.models import ModelConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("sdar_tiny", "sdar_tied")
+FULL_NAMES = ("dream_tiny", "llada_tiny", "mmada_tiny")  # full attention
 
 
 class Arrays:
@@ -56,33 +57,70 @@ def load_value_golden(name: str) -> Golden:
 
 def _config(folder: Path) -> ModelConfig:
     c = json.loads((folder / "config.json").read_text())
-    return ModelConfig(
-        vocab_size=c["vocab_size"], width=c["hidden_size"], num_layers=c["num_hidden_layers"],
-        num_heads=c["num_attention_heads"], num_kv_heads=c["num_key_value_heads"], head_dim=c["head_dim"],
-        mlp_width=c["intermediate_size"], norm_eps=c["rms_norm_eps"], rope_theta=c["rope_theta"],
-        tie_embeddings=c["tie_word_embeddings"], block_size=c["block_size"], mask_token_id=c["mask_token_id"],
-        eos_token_id=c["eos_token_id"], pad_token_id=c["eos_token_id"], stop_token_ids=(c["eos_token_id"],))
+    ids = {"mask_token_id": c["mask_token_id"], "eos_token_id": c["eos_token_id"], "pad_token_id": c["eos_token_id"],
+           "stop_token_ids": (c["eos_token_id"],)}
+    if "d_model" in c:
+        return ModelConfig(
+            family=c["model_type"], vocab_size=c["vocab_size"], width=c["d_model"], num_layers=c["n_layers"],
+            num_heads=c["n_heads"], num_kv_heads=c["n_kv_heads"], head_dim=c["d_model"] // c["n_heads"],
+            mlp_width=c["mlp_hidden_size"], norm_eps=c["rms_norm_eps"], rope_theta=c["rope_theta"],
+            max_positions=c["max_sequence_length"], text_vocab_size=c.get("llm_vocab_size"), **_FULL, **ids)
+    shape = {
+        "vocab_size": c["vocab_size"], "width": c["hidden_size"], "num_layers": c["num_hidden_layers"],
+        "num_heads": c["num_attention_heads"], "num_kv_heads": c["num_key_value_heads"],
+        "mlp_width": c["intermediate_size"], "norm_eps": c["rms_norm_eps"], "rope_theta": c["rope_theta"],
+        "tie_embeddings": c["tie_word_embeddings"]}
+    if c["model_type"] == "Dream":
+        return ModelConfig(family="dream", head_dim=c["hidden_size"] // c["num_attention_heads"], qkv_bias=True,
+                           rope_dtype="compute", logit_alignment="shifted",
+                           max_positions=c["max_position_embeddings"], **shape, **_FULL, **ids)
+    return ModelConfig(head_dim=c["head_dim"], block_size=c["block_size"], **shape, **ids)
+
+
+_FULL = {"attention_mode": "full", "qk_norm": False, "block_size": 32}
+_LLAMA_NAMES = {
+    "layer": "model.layers.{}.", "embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
+    "attention": {f"{p}_proj": f"self_attn.{p}_proj" for p in "qkvo"},
+    "norms": {f"{p}_norm": f"self_attn.{p}_norm" for p in "qk"},
+    "attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
+    "mlp": {f"{p}_proj": f"mlp.{p}_proj" for p in ("gate", "up", "down")}}
+_OLMO_NAMES = {
+    "layer": "model.transformer.blocks.{}.", "embed": "model.transformer.wte", "norm": "model.transformer.ln_f",
+    "head": "model.transformer.ff_out",
+    "attention": {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "attn_out"},
+    "norms": {}, "attention_norm": "attn_norm", "mlp_norm": "ff_norm",
+    "mlp": {"gate_proj": "ff_proj", "up_proj": "up_proj", "down_proj": "ff_out"}}
+
+
+def checkpoint_names(family: str) -> dict:
+    """Where the parts of our tree are in a checkpoint of a family."""
+    return _OLMO_NAMES if family in ("llada", "mmada") else _LLAMA_NAMES
 
 
 def _params(file: Path, config: ModelConfig) -> dict:
-    tensors = load_file(file)
+    tensors, names = load_file(file), checkpoint_names(config.family)
 
-    def stack(name: str, transpose: bool = False) -> np.ndarray:
-        layers = [tensors[f"model.layers.{i}.{name}.weight"] for i in range(config.num_layers)]
-        return np.stack([layer.T if transpose else layer for layer in layers])
+    def stack(name: str) -> np.ndarray:
+        return np.stack([tensors[names["layer"].format(i) + name] for i in range(config.num_layers)])
 
-    attention = {f"{p}_proj": {"kernel": stack(f"self_attn.{p}_proj", True)} for p in "qkvo"}
-    attention |= {f"{p}_norm": {"scale": stack(f"self_attn.{p}_norm")} for p in "qk"}
+    def linear(name: str) -> dict:
+        leaves = {"kernel": stack(f"{name}.weight").swapaxes(1, 2)}
+        biased = f"{names['layer'].format(0)}{name}.bias" in tensors
+        return leaves | ({"bias": stack(f"{name}.bias")} if biased else {})
+
     params = {
-        "embed": {"embedding": tensors["model.embed_tokens.weight"]},
+        "embed": {"embedding": tensors[f"{names['embed']}.weight"]},
         "layers": {
-            "attention": attention,
-            "attention_norm": {"scale": stack("input_layernorm")},
-            "mlp_norm": {"scale": stack("post_attention_layernorm")},
-            "mlp": {f"{p}_proj": {"kernel": stack(f"mlp.{p}_proj", True)} for p in ("gate", "up", "down")},
+            "attention": {ours: linear(theirs) for ours, theirs in names["attention"].items()},
+            "attention_norm": {"scale": stack(f"{names['attention_norm']}.weight")},
+            "mlp_norm": {"scale": stack(f"{names['mlp_norm']}.weight")},
+            "mlp": {ours: linear(theirs) for ours, theirs in names["mlp"].items()},
         },
-        "final_norm": {"scale": tensors["model.norm.weight"]},
+        "final_norm": {"scale": tensors[f"{names['norm']}.weight"]},
     }
+    if config.qk_norm:
+        norms = {ours: {"scale": stack(f"{theirs}.weight")} for ours, theirs in names["norms"].items()}
+        params["layers"]["attention"] |= norms
     if not config.tie_embeddings:
-        params["lm_head"] = {"kernel": tensors["lm_head.weight"].T}
+        params["lm_head"] = {"kernel": tensors[f"{names['head']}.weight"].T}
     return params

@@ -51,7 +51,7 @@ class PackedRows:
     ids: np.ndarray  # [N,T] int32
     positions: np.ndarray  # [N,T] int32, absolute position in the response's sequence
     intervals: np.ndarray  # [N,T,4] int32, key columns of the row that each token sees
-    target_index: np.ndarray  # [N,P] int32, column whose hidden state predicts the target
+    target_index: np.ndarray  # [N,P] int32, column of the target itself (see `Model.predicting`)
     target_ids: np.ndarray  # [N,P] int32
     target_weight: np.ndarray  # [N,P] f32, 0 = padding
     target_item: np.ndarray  # [N,P] int32, -1 = padding
@@ -181,7 +181,6 @@ def _place(rows: PackedRows, n: int, column: int, slot: int, item: ReplayItem, i
     rows.intervals[n, tokens] = column + np.concatenate([clean_intervals, np.repeat(group_intervals, B, axis=0)])
 
     targets = slice(slot, slot + len(item.target_ids))
-    # The hidden state at a token predicts that token: models with same-position logits.
     rows.target_index[n, targets] = column + group_column[item.target_group] + item.target_offset
     rows.target_ids[n, targets] = item.target_ids
     rows.target_weight[n, targets] = item.target_weight

@@ -17,6 +17,7 @@ from tracerl_jax.interop.hf_save import save_hf
 from tracerl_jax.interop.names import leaves_by_path
 from tracerl_jax.interop.native import CONFIG_FILE, load_native, load_run, save_native
 from tracerl_jax.models import Model
+from tracerl_jax.models.visibility import row_intervals
 
 Kind = Literal["hf", "native", "run"]
 
@@ -125,13 +126,11 @@ def check(conversion: Conversion, target: str | os.PathLike) -> Check:
 
 
 def _random_forward(model: Model, params: Mapping[str, Any]) -> jax.Array:
-    """Logits [2,T,V] or values [2,T] of random ids under the block-causal mask."""
+    """Logits [2,T,V] or values [2,T] of random ids under the model's own mask."""
     config = model.config
     length = 4 * config.block_size
     ids = jax.random.randint(jax.random.key(0), (2, length), 0, config.vocab_size, jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), ids.shape)
-    nothing = jnp.zeros_like(positions)
-    block_end = (positions // config.block_size + 1) * config.block_size
-    intervals = jnp.stack([nothing, block_end, nothing, nothing], axis=-1)
+    intervals = row_intervals(config.attention_mode, length, first=jnp.zeros(2), block_size=config.block_size)
     hidden = model.hidden(params, ids, positions, intervals)
     return model.logits(params, hidden) if model.head == "lm" else model.values(params, hidden)

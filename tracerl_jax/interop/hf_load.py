@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from tracerl_jax.errors import CheckpointError
 from tracerl_jax.interop.folders import read_json
+from tracerl_jax.interop.families import FAMILIES, others_with_tensors
 from tracerl_jax.interop.hf_config import read_model_config
 from tracerl_jax.interop.names import HfTensor, hf_tensors
 from tracerl_jax.models import Model
@@ -54,7 +55,7 @@ def load_hf(
         config = config.replace(param_dtype=dtype)
     model = Model(config, head=head, mesh=mesh)
     tensors = Safetensors(folder)
-    wanted = hf_tensors(model.abstract_params())
+    wanted = hf_tensors(model.abstract_params(), FAMILIES[config.family].tensors)
     if head == "value" and "value_head.weight" not in tensors.shapes:
         wanted = [tensor for tensor in wanted if tensor.name != "value_head.weight"]
     _check_names(tensors, wanted, model)
@@ -152,8 +153,12 @@ def _files_of(folder: Path) -> list[Path]:
 
 def _check_names(tensors: Safetensors, wanted: list[HfTensor], model: Model) -> None:
     """Refuses anything missing, extra or misshapen, all in one message; a tied head may repeat the embedding."""
+    family = FAMILIES[model.config.family]
+    embedding, lm_head, value_head = (
+        family.tensors[path][0] for path in ("embed/embedding", "lm_head/kernel", "value_head/kernel")
+    )
     expected = {tensor.name: tensor.shape for tensor in wanted}
-    optional = {"lm_head.weight"} if model.head == "value" or model.config.tie_embeddings else set()
+    optional = {lm_head} if model.head == "value" or model.config.tie_embeddings else set()
     shapes = tensors.shapes
     problems = [
         ("missing", [name for name in expected if name not in shapes]),
@@ -161,17 +166,22 @@ def _check_names(tensors: Safetensors, wanted: list[HfTensor], model: Model) -> 
         ("misshapen", [f"{name} is {list(shapes[name])}, the config says {list(shape)}"
                        for name, shape in expected.items() if name in shapes and shapes[name] != shape]),
     ]  # fmt: skip
-    if "lm_head.weight" in shapes and model.head == "lm" and model.config.tie_embeddings:
-        same = "model.embed_tokens.weight" in shapes and np.array_equal(
-            tensors.read("lm_head.weight"), tensors.read("model.embed_tokens.weight")
-        )
-        if not same:
-            problems.append(("contradictory", ["lm_head.weight differs from model.embed_tokens.weight although "
-                                               "tie_word_embeddings is true"]))  # fmt: skip
+    if lm_head in shapes and model.head == "lm" and model.config.tie_embeddings:
+        if embedding not in shapes or not np.array_equal(tensors.read(lm_head), tensors.read(embedding)):
+            key = family.keys["tie_embeddings"].name
+            problems.append(("contradictory", [f"{lm_head} differs from {embedding} although {key} is true"]))
     lines = [f"  {kind}: {_listing(names)}" for kind, names in problems if names]
     if lines:
-        value_model = model.head == "lm" and "value_head.weight" in shapes
-        hint = "this is a value model, load it as one" if value_model else "compare config.json with the weights"
+        others = others_with_tensors(shapes, family)
+        if model.head == "lm" and value_head in shapes:
+            hint = "this is a value model, load it as one"
+        elif others and (problems[0][1] or problems[1][1]):
+            hint = (
+                f"its tensors are named as those of model_type {' or '.join(others)}, config.json says "
+                f"{family.model_type}: take the config.json that belongs to the weights"
+            )
+        else:
+            hint = "compare config.json with the weights"
         raise CheckpointError("\n".join([f"{tensors.folder}: the weights do not fit the config; {hint}", *lines]))
 
 

@@ -13,6 +13,8 @@ from safetensors.numpy import save_file
 
 from tracerl_jax.errors import CheckpointError
 from tracerl_jax.files import write_json
+from tracerl_jax.interop.chat_template import add_chat_template
+from tracerl_jax.interop.families import FAMILIES
 from tracerl_jax.interop.folders import copy_companions, read_json, whole_folder
 from tracerl_jax.interop.hf_config import hf_config_from_model
 from tracerl_jax.interop.hf_load import INDEX_FILE, SINGLE_FILE
@@ -39,7 +41,8 @@ def save_hf(
     Args:
         params: of `model`, on any devices of this process.
         source: model folder the config, tokenizer, chat template, generation config, remote code and licence are taken
-            from; without it a plain config is written and nothing else.
+            from; without it a plain config is written and nothing else. A tokenizer without chat template gets the
+            family's, if it has the tokens for it.
         dtype: of the tensors, "float32", "bfloat16" or "float16"; default: as the parameters are.
         max_shard_bytes: larger models are split over several files with an index.
         overwrite: replace a folder that is already there.
@@ -49,7 +52,7 @@ def save_hf(
     """
     tensor_dtype = jnp.dtype(dtype or params["embed"]["embedding"].dtype)
     read = _reader(params, tensor_dtype)
-    shards = _shards(hf_tensors(params), tensor_dtype.itemsize, max_shard_bytes)
+    shards = _shards(hf_tensors(params, FAMILIES[model.config.family].tensors), tensor_dtype.itemsize, max_shard_bytes)
     with whole_folder(folder, overwrite=overwrite) as partial:
         save_model_files(partial, model, source=source, dtype=str(tensor_dtype))
         names = [SINGLE_FILE]
@@ -81,6 +84,7 @@ def save_model_files(
     write_json(Path(folder) / "config.json", config)
     if source is not None:
         copy_companions(source, folder)
+        add_chat_template(folder, FAMILIES[model.config.family])
 
 
 def _reader(params: Mapping[str, Any], dtype: np.dtype) -> Callable[[HfTensor], np.ndarray]:

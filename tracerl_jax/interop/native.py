@@ -19,6 +19,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from tracerl_jax.errors import CheckpointError
 from tracerl_jax.files import write_json
+from tracerl_jax.interop.families import check_flags
 from tracerl_jax.interop.folders import read_json, whole_folder
 from tracerl_jax.interop.hf_config import read_model_config
 from tracerl_jax.interop.hf_save import save_model_files
@@ -66,6 +67,7 @@ def load_native(folder: str | os.PathLike, *, mesh: Mesh | None = None) -> tuple
         raise CheckpointError(
             f"{Path(folder) / CONFIG_FILE}: not the config of a model ({error}); convert again"
         ) from None
+    check_flags(model.config, str(Path(folder) / CONFIG_FILE))
     path = Path(folder).absolute() / "params"
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; convert again")

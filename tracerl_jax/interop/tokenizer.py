@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "*.tiktoken")
-_MASK_TOKENS = ("<|MASK|>", "<|mask|>", "<MASK>", "<mask>", "[MASK]")
+_MASK_TOKENS = ("<|MASK|>", "<|mask|>", "<MASK>", "<mask>", "[MASK]", "<|mdm_mask|>")  # the last: LLaDA
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what the bytes of an incomplete character decode to
 _MAX_UTF8 = 4  # a character spans at most so many byte tokens
 

@@ -44,13 +44,14 @@ class ModelConfig:
     tie_embeddings: bool = False
     logit_alignment: str = "same_position"  # "shifted": the logits at position j predict the token at j + 1
     attention_mode: str = "block_causal"
-    block_size: int = 4  # B
+    block_size: int = 4  # B; of a model with full attention: the default of decoding
     initializer_range: float = 0.02  # standard deviation of fresh kernels and embeddings
     max_positions: int = 32768
     mask_token_id: int | None = None
     eos_token_id: int | None = None
     pad_token_id: int | None = None
     stop_token_ids: tuple[int, ...] = ()
+    text_vocab_size: int | None = None  # rows of the vocabulary from here on are image codes (MMaDA); None: all is text
     num_experts: int = 0  # X; 0 = dense, otherwise every layer is a mixture of experts
     experts_per_token: int = 0
     expert_width: int = 0  # F of one expert
@@ -77,6 +78,11 @@ class ModelConfig:
         for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
             self._require(name, self._is_id(getattr(self, name), optional=True), self._id_remedy())
         self._require("stop_token_ids", all(map(self._is_id, self.stop_token_ids)), self._id_remedy())
+        self._require("text_vocab_size", self.text_vocab_size is None or 1 <= self.text_vocab_size <= self.vocab_size,
+                      f"give a number from 1 to vocab_size ({self.vocab_size}), or None")
+        self._require("logit_alignment", (self.logit_alignment, self.attention_mode) != ("shifted", "block_causal"),
+                      "what is left of a block's first token may not see the block; use 'same_position', or "
+                      "attention_mode 'full' or 'causal'")
         self._check_experts()
 
     def _check_experts(self) -> None:

@@ -205,6 +205,11 @@ class Model:
 
     # Heads
 
+    def predicting(self, columns: jax.Array) -> jax.Array:
+        """Columns whose hidden states the head turns into logits of the tokens at `columns`: the same, or those one to
+        the left with shifted logits. A value belongs to the token's own column in any model."""
+        return jnp.maximum(columns - 1, 0) if self.config.logit_alignment == "shifted" else columns
+
     def head_kernel(self, params: Params) -> jax.Array:
         """Kernel [E,V] of the language-model head, in the parameters' dtype; the transposed embedding when tied."""
         return params["embed"]["embedding"].T if self.config.tie_embeddings else params["lm_head"]["kernel"]

@@ -28,7 +28,7 @@ def packed_logprobs(
     `temperature`: one for all, or [N,P] (`rows.gather` of one per item). Where it is 0 (greedy, padding) 1 is used: the
     convention of `Trace.logprobs`. Results at padding mean nothing. Differentiable in params.
     """
-    hidden = _target_hidden(model, params, rows)
+    hidden = _target_hidden(model, params, rows, model.predicting(rows.target_index))
     N, P, E = hidden.shape
     temperature = jnp.broadcast_to(jnp.where(temperature == 0, 1.0, temperature), (N, P)).reshape(N * P)
     logprobs, entropy = token_logprobs(
@@ -40,7 +40,7 @@ def packed_logprobs(
 
 def packed_values(model: Model, params: Params, rows: PackedRows) -> jax.Array:
     """The value model's output at every target [N,P] f32; at padding it means nothing. Differentiable in params."""
-    return model.values(params, _target_hidden(model, params, rows))
+    return model.values(params, _target_hidden(model, params, rows, rows.target_index))
 
 
 def score_traces(
@@ -81,7 +81,7 @@ def _score(model: Model, params: Params, rows: PackedRows, temperature: jax.Arra
     return packed_logprobs(model, params, rows, temperature)[0]
 
 
-def _target_hidden(model: Model, params: Params, rows: PackedRows) -> jax.Array:
-    """[N,P,E]: the head sees nothing but the targets."""
+def _target_hidden(model: Model, params: Params, rows: PackedRows, columns: jax.Array) -> jax.Array:
+    """[N,P,E] at columns [N,P]: the head sees nothing but the targets."""
     hidden = model.hidden(params, rows.ids, rows.positions, rows.intervals)
-    return jnp.take_along_axis(hidden, rows.target_index[..., None], axis=1)
+    return jnp.take_along_axis(hidden, columns[..., None], axis=1)

@@ -66,6 +66,7 @@ class Engine:
             self.config = dataclasses.replace(self.config, prefix_cache=False)
         self.stop_ids = c.stop_token_ids if self.config.stop_ids is None else self.config.stop_ids
         self._banned = banned_ids(c.vocab_size, c.mask_token_id, self.config.valid_vocab)
+        self._banned |= banned_ids(c.vocab_size, c.mask_token_id, c.text_vocab_size)
         self._waiting: deque[Entry] = deque()
         self._batch: Batch | None = None
         self._finished: dict[int, Trace] = {}  # that nobody has taken yet
