@@ -14,11 +14,13 @@ from tracerl_jax.errors import ConfigError, DataError
 from tracerl_jax.models import Model, ModelConfig
 from tracerl_jax.parallel.mesh import make_mesh
 from tracerl_jax.parallel.sharding import param_shardings
+from tracerl_jax.rollout import batch
 from tracerl_jax.rollout.engine import Engine, EngineConfig, Request, SamplingOptions
 from tracerl_jax.rollout.stream import stream
 from tracerl_jax.rollout.warm_up import warm_up
 
 B, MASK, PAD = 4, 63, 0
+LENGTH = 24  # of the longest canvas
 CONFIG = ModelConfig(
     vocab_size=64, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48, qk_norm=False,
     attention_mode="full", block_size=B, mask_token_id=MASK, pad_token_id=PAD, initializer_range=0.3,
@@ -30,6 +32,12 @@ CACHES = [
     {}, {"cache": "prefix"}, {"cache": "prefix", "horizon": 6}, {"cache": "prefix", "horizon": 4, "refresh": 2},
     {"cache": "dual"}, {"cache": "dual", "horizon": 4}, {"cache": "dual", "horizon": 7, "refresh": 3},
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _one_program(monkeypatch):
+    """All slots take part in every forward: fewer programs to compile."""
+    monkeypatch.setattr(batch, "HALVINGS", 0)
 
 
 def make_engine(slots=4, alignment="same_position", **config):
@@ -52,10 +60,10 @@ class HostLoop:
             at = 0
             while (masked := np.flatnonzero(canvas[s : s + B] == MASK)).size:
                 if self.cache == "none" or at == 0 or (self.refresh and at % self.refresh == 0):
-                    logits, kv = full(self.model, PARAMS, canvas[None])
-                    rows = logits[0, s - self.shift :][:B]
+                    logits, kv = full(self.model, PARAMS, padded(canvas), len(canvas))
                 else:
-                    rows = self.window(canvas, kv, s)[:B]
+                    logits = self.window(canvas, kv, s)
+                rows = logits[0, s - self.shift :][:B]
                 step, at = step + 1, at + 1
                 policy = np.asarray(jax.nn.log_softmax(rows))
                 allowed = np.where(np.arange(CONFIG.vocab_size) == MASK, -np.inf, rows)
@@ -68,11 +76,13 @@ class HostLoop:
         return canvas[p:], steps[p:], logprobs[p:]
 
     def window(self, canvas, kv, s):
-        """Logits of the window that begins at the block: stale keys of all it does not hold, then its own."""
+        """Logits of the whole canvas, where every token sees the stale keys of what is not in the window, and the
+        window's own."""
         end = len(canvas) if self.horizon is None else min(s + self.horizon, len(canvas))
         kept = np.r_[:s, end : len(canvas)] if self.cache == "dual" else np.r_[:s]
-        at = np.arange(s - self.shift, end)
-        return windowed(self.model, PARAMS, canvas[None, at], at[None], *(x[:, :, kept] for x in kv), self.shift)[0]
+        stale = [x[:, :, np.r_[kept, np.zeros(LENGTH - len(kept), int)]] for x in kv]
+        seen = np.array([0, len(kept), LENGTH + s, LENGTH + end])
+        return windowed(self.model, PARAMS, padded(canvas), seen, *stale)
 
     @staticmethod
     def reveal(o, masked, probs, ids, count, first):
@@ -87,20 +97,21 @@ class HostLoop:
         return order[:count]
 
 
+def padded(canvas):
+    return np.pad(canvas, (0, LENGTH - len(canvas)))[None]
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def full(model, params, ids):
-    positions = jnp.arange(ids.shape[1])[None]
-    everything = jnp.broadcast_to(jnp.array([0, ids.shape[1], 0, 0]), (*ids.shape, 4))
-    hidden, kv = model.hidden_and_kv(params, ids, positions, everything)
+def full(model, params, ids, length):
+    everything = jnp.broadcast_to(jnp.array([0, length, 0, 0]), (*ids.shape, 4))
+    hidden, kv = model.hidden_and_kv(params, ids, jnp.arange(LENGTH)[None], everything)
     return model.logits(params, hidden), kv
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6))
-def windowed(model, params, ids, positions, k, v, shift):
-    kept = k.shape[2]
-    seen = jnp.array([0, kept, kept + shift, kept + ids.shape[1]])  # not the key of the token before the block
-    hidden, _ = model.hidden_and_kv(params, ids, positions, jnp.broadcast_to(seen, (*ids.shape, 4)),
-                                    lambda layer: (k[layer], v[layer]))  # fmt: skip
+@functools.partial(jax.jit, static_argnums=0)
+def windowed(model, params, ids, seen, k, v):
+    intervals = jnp.broadcast_to(seen, (*ids.shape, 4))
+    hidden, _ = model.hidden_and_kv(params, ids, jnp.arange(LENGTH)[None], intervals, lambda layer: (k[layer], v[layer]))
     return model.logits(params, hidden)
 
 
@@ -113,8 +124,9 @@ GREEDY = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("alignment", MODELS)
-@pytest.mark.parametrize("config", CACHES, ids=str)
+@pytest.mark.parametrize(("alignment", "config"), [
+    *(("shifted", config) for config in CACHES), ("same_position", CACHES[0]), ("same_position", CACHES[-1]),
+], ids=str)  # fmt: skip
 def test_engine_decodes_as_a_loop_of_dense_forwards(alignment, config):
     stops = [(11, 30), None, (5, 22, 40, 41, 50)]
     requests = [
@@ -144,13 +156,14 @@ def draw_requests(count):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("config", [{}, {"cache": "prefix"}, {"cache": "dual", "horizon": 6, "refresh": 2}], ids=str)
-def test_results_do_not_depend_on_the_batch(config):
+@pytest.mark.parametrize("config", [{}, {"cache": "dual", "horizon": 6, "refresh": 2}], ids=str)
+def test_results_do_not_depend_on_the_batch(config, monkeypatch):
+    monkeypatch.setattr(batch, "HALVINGS", 1)
     requests = draw_requests(12)
     fixed = {"max_length": 32} | config
     alone = make_engine(1, "shifted", **fixed)
     want = [next(alone.generate([request])) for request in requests]
-    for slots, more in ((3, {"forwards_per_chunk": 2}), (16, {"page_size": 8}), (5, {"pages": 17, "page_size": 4})):
+    for slots, more in ((5, {"forwards_per_chunk": 2, "pages": 17, "page_size": 4}), (16, {"page_size": 8})):
         engine = make_engine(slots, "shifted", **fixed, **more)
         for order in (1, -1):
             for trace, one in zip(engine.generate(requests[::order]), want[::order], strict=True):
@@ -168,25 +181,15 @@ def test_a_cache_made_anew_at_every_step_is_exact():
     assert any(not np.array_equal(trace.ids, one.ids) for trace, one in zip(stale, exact, strict=True))
 
 
-def test_a_window_step_of_an_unchanged_canvas_is_exact():
-    """The first step is a full forward, the second sees the same but for one token: with the first block's first token
-    alone revealed and nothing stale behind, a later block's first step must not change."""
-    options = SamplingOptions("static", max_tokens=8, temperature=0.0, denoising_steps=1)  # a step per block
-    request = Request(PROMPTS[0], options)
-    (exact,) = make_engine().generate([request])
-    for config in CACHES[1:]:
-        assert_same(*make_engine(**config).generate([request]), exact)
-
-
-@pytest.mark.parametrize("cache", ["none", "dual"])
-def test_on_a_mesh(cache):
+def test_on_a_mesh():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     model = Model(MODELS["shifted"].config, mesh=mesh)
     params = jax.device_put(PARAMS, param_shardings(model, mesh))
-    config = {} if cache == "none" else {"cache": cache, "horizon": 8}
+    config = {"cache": "dual", "horizon": 8}
     requests = draw_requests(10)
     on_mesh = Engine(model, params, EngineConfig(8, **config))
-    for trace, one in zip(on_mesh.generate(requests), make_engine(4, "shifted", **config).generate(requests), strict=True):
+    alone = make_engine(4, "shifted", **config)
+    for trace, one in zip(on_mesh.generate(requests), alone.generate(requests), strict=True):
         assert_same(trace, one)
 
 

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from tracerl_jax.errors import ConfigError
 from tracerl_jax.kernels.logprob import sample_tokens
 
-# Whose probabilities a proposal is ranked by: the policy's at the temperature, those left by top-k and top-p, or those
-# of temperature 1; MASK and other banned ids have none in any of them.
+# What probabilities a proposal is ranked by: those of the policy at the temperature without banned ids, those that top-k
+# and top-p leave of them, or those of the model as they are, at temperature 1 with nothing banned.
 CONFIDENCES = ("policy", "truncated", "untempered")
 POLICY, TRUNCATED, UNTEMPERED = range(3)
 
@@ -133,9 +133,7 @@ def _propose_filtered(
     behaviour = logprob(drawn_from)
     nothing = jnp.zeros_like(behaviour)
     code = ranked_by[..., None]
-    ranking = jnp.select(
-        [code == TRUNCATED, code == UNTEMPERED], [drawn_from, jnp.where(banned, -jnp.inf, logits)], allowed
-    )
+    ranking = jnp.select([code == TRUNCATED, code == UNTEMPERED], [drawn_from, logits], allowed)
     return Proposal(
         ids=ids.astype(jnp.int32),
         logprobs=logprob(policy),
