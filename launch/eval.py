@@ -63,8 +63,9 @@ def run(args: argparse.Namespace) -> int:
     from tracerl_jax.files import write_json
     from tracerl_jax.interop.hf_load import load_hf
     from tracerl_jax.interop.tokenizer import decode, load_tokenizer, valid_vocab
+    from tracerl_jax.launch.common import engine_config
     from tracerl_jax.parallel.mesh import make_mesh
-    from tracerl_jax.rollout.engine import Engine, EngineConfig
+    from tracerl_jax.rollout.engine import Engine
 
     _require_positive(args, "limit", "samples", "max_tokens", "max_prompt_tokens", "slots")
     strategies = {
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         args.model, mesh=make_mesh(), dtype=args.dtype, overrides={"dtype": args.dtype}
     )
     valid = valid_vocab(tokenizer, model.config.vocab_size)
-    engine = Engine(model, params, EngineConfig(args.slots, commit=args.commit, drafts=args.drafts, valid_vocab=valid))
+    engine = Engine(model, params, engine_config(args, valid_vocab=valid))
 
     results, records = {}, []
     for name, options in strategies.items():

@@ -111,7 +111,8 @@ def full(model, params, ids, length):
 @functools.partial(jax.jit, static_argnums=0)
 def windowed(model, params, ids, seen, k, v):
     intervals = jnp.broadcast_to(seen, (*ids.shape, 4))
-    hidden, _ = model.hidden_and_kv(params, ids, jnp.arange(LENGTH)[None], intervals, lambda layer: (k[layer], v[layer]))
+    positions = jnp.arange(LENGTH)[None]
+    hidden, _ = model.hidden_and_kv(params, ids, positions, intervals, lambda layer: (k[layer], v[layer]))
     return model.logits(params, hidden)
 
 

@@ -1,5 +1,6 @@
 """Greedy generation of the golden full-attention models, every case batched with the others of its cache."""
 
+import itertools
 import json
 
 import numpy as np
@@ -16,7 +17,7 @@ SCORES = {"confidence": "confidence", "margin_confidence": "margin"}
 def rows_of(golden, dream):
     """(engine's settings, request, ids, steps, log-probs wanted of its first blocks), one for each row of each case.
 
-    Where the steps of a case do not spread evenly over its blocks, the blocks with one step less are a row of their own.
+    Where the steps of a case do not spread evenly over its blocks, those with one step less are a row of their own.
     """
     for case, meta in json.loads(str(golden.arrays("generate")["meta"])).items():
         want, K = golden.arrays("generate", case), meta["block_size"]
@@ -28,16 +29,16 @@ def rows_of(golden, dream):
         steps, longer = divmod(meta["steps"], G // K)
         parts = [(0, longer, steps + 1), (longer, G // K, steps)] if longer else [(0, G // K, steps)]
         static = meta["strategy"] == "static"
-        for b, (first, last, S) in ((b, part) for b in range(meta["batch"]) for part in (parts if static else parts[-1:])):
-            first = first if static else 0
+        for b, (first, last, S) in itertools.product(range(meta["batch"]), parts if static else [(0, G // K, None)]):
             P, at = want["prompt"].shape[1], first * K
             prompt = want["output"][b, P - want["prompt_len"][b] if dream else 0 : P + at]  # pads are visible elsewhere
             options = SamplingOptions(
                 strategy=("linspace" if dream else "static") if static else "dynamic",
                 score=SCORES.get(meta["target"], "entropy" if dream else "uncertainty"),
-                threshold=0.9 if static else meta["threshold"], denoising_steps=S if static else None,
+                threshold=0.9 if static else meta["threshold"], denoising_steps=S,
                 first_token=dream, block_size=K, max_tokens=G - at, temperature=0.0, ignore_eos=True,
-                top_k=meta.get("top_k") or 0, top_p=meta.get("top_p") or 1.0, confidence="truncated",
+                top_k=meta.get("top_k") or 0, top_p=meta.get("top_p") or 1.0,
+                confidence="truncated" if dream else "untempered",
                 pad_penalty=meta.get("pad_target_penalty") or 1.0, stop_ids=(pad,) if meta["pad_exit"] else None,
             )  # fmt: skip
             expected = [want[name][b][at : last * K] for name in ("step_map", "logp")]

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from tracerl_jax.errors import ConfigError
 from tracerl_jax.kernels.logprob import sample_tokens
 
-# What probabilities a proposal is ranked by: those of the policy at the temperature without banned ids, those that top-k
-# and top-p leave of them, or those of the model as they are, at temperature 1 with nothing banned.
+# What probabilities a proposal is ranked by: those of the policy at the temperature without banned ids, those that
+# top-k and top-p leave of them, or those of the model as they are, at temperature 1 with nothing banned.
 CONFIDENCES = ("policy", "truncated", "untempered")
 POLICY, TRUNCATED, UNTEMPERED = range(3)
 

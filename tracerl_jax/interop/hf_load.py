@@ -12,8 +12,8 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 
 from tracerl_jax.errors import CheckpointError
-from tracerl_jax.interop.folders import read_json
 from tracerl_jax.interop.families import FAMILIES, others_with_tensors
+from tracerl_jax.interop.folders import read_json
 from tracerl_jax.interop.hf_config import read_model_config
 from tracerl_jax.interop.names import HfTensor, hf_tensors
 from tracerl_jax.models import Model

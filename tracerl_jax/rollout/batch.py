@@ -75,8 +75,8 @@ class Entry:
         truncates = options.top_k > 0 or options.top_p < 1
         return Needs(
             noise=samples,
-            filters=(truncates and (samples or options.confidence == "truncated"))
-            or (samples and options.confidence == "untempered"),
+            filters=options.confidence == "untempered"
+            or (truncates and (samples or options.confidence == "truncated")),
             entropy=strategy_code(options.strategy) == ENTROPY_BOUNDED or options.score in ("entropy", "uncertainty"),
             margin=options.score == "margin",
         )

@@ -35,8 +35,8 @@ class SamplingOptions:
     top_p: float = 1.0  # 1 = off
     seed: int = 0
     ignore_eos: bool = False  # do not stop at the engine's stop ids; `stop_ids` still count
-    # Probabilities that scores come from: the policy's, those that top-k and top-p leave ("truncated": SDAR's and
-    # Dream's reference samplers), or those at temperature 1 ("untempered": LLaDA's).
+    # What probabilities scores come from: the policy's, those that top-k and top-p leave ("truncated", as in SDAR's and
+    # Dream's reference samplers), or the model's at temperature 1 ("untempered", as in LLaDA's).
     confidence: str = "policy"
     first_token: bool = False  # the first step of a block reveals its first position alone, as Dream's sampler does
     pad_penalty: float = 1.0  # a proposal of the pad token counts so many times worse; 1 = off

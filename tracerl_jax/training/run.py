@@ -22,7 +22,7 @@ import numpy as np
 
 import tracerl_jax
 from tracerl_jax import config_io
-from tracerl_jax.config import RunConfig
+from tracerl_jax.config import RolloutSection, RunConfig
 from tracerl_jax.data.char_tokenizer import build_char_tokenizer
 from tracerl_jax.data.prompts import Problem, encode_prompts
 from tracerl_jax.data.tasks import Task, load_task
@@ -40,7 +40,7 @@ from tracerl_jax.parallel.mesh import make_mesh
 from tracerl_jax.parallel.sharding import row_shards
 from tracerl_jax.report.metrics import MetricLog, open_log
 from tracerl_jax.report.run_dir import METRICS, SAMPLES, RunDir
-from tracerl_jax.rollout.engine import Engine, EngineConfig
+from tracerl_jax.rollout.engine import Engine, EngineConfig, Request
 from tracerl_jax.rollout.options import SamplingOptions
 from tracerl_jax.rollout.weights import rollout_model
 from tracerl_jax.training.checkpoint import Checkpointer
@@ -93,6 +93,7 @@ class Run:
             self.train_problems = self._problems(self.task.train) if config.rl.steps else []
             self.test_problems = self._problems(self.task.test) if self.task.test else []
             self._check_lengths()
+            self._check_decoding()
             # A new run folder is tied to its config only now: what failed above may be mended under the same name.
             self._write_config()
             self.checkpointer = Checkpointer(self.path, config.checkpoint)
@@ -133,6 +134,14 @@ class Run:
                     f"{key} is {limit}: behind the longest prompt ({longest} tokens) a response may reach position "
                     f"{end}, but the model ends at {model.max_positions}; lower it, or task.max_prompt_tokens"
                 )
+
+    def _check_decoding(self) -> None:
+        """Raises the UserError that the first request would raise."""
+        engine = self.engine(None)
+        prompt = [next(i for i in range(self.model.config.vocab_size) if i != self.model.config.mask_token_id)]
+        ways = {"rollout": rollout_options(self.config, seed=0)} if self.config.rl.steps else {}
+        for key, options in (ways | {f"eval ({name})": way for name, way in self.protocols.items()}).items():
+            engine.check(Request(prompt, options), key)
 
     def _load_task(self) -> Task:
         section = self.config.task
@@ -242,9 +251,7 @@ class Run:
         section, valid = self.config.rollout, valid_vocab(self.tokenizer, self.model.config.vocab_size)
         model = rollout_model(self.model, section.tensor)
         slots = section.slots_per_device * row_shards(model.mesh)
-        config = EngineConfig(slots, commit=section.commit, drafts=section.drafts, kv_dtype=section.kv_dtype,
-                              valid_vocab=valid)  # fmt: skip
-        return Engine(model, params, config)
+        return Engine(model, params, engine_config(section, slots, valid))
 
     def watch(self, traces: Iterable[Trace]) -> Iterator[Trace]:
         """Passes traces on; raises Interrupted between them when a signal asked to stop."""
@@ -279,10 +286,15 @@ class Run:
         return open_log(self.folder, phase, total_steps=total_steps, first_step=first_step, writers=writers)
 
 
+def engine_config(section: RolloutSection, slots: int, valid_vocab: int | None = None) -> EngineConfig:
+    names = ("commit", "drafts", "cache", "horizon", "refresh", "kv_dtype")
+    return EngineConfig(slots, valid_vocab=valid_vocab, **{name: getattr(section, name) for name in names})
+
+
 def rollout_options(config: RunConfig, seed: int) -> SamplingOptions:
     """How RL decodes. Raises ConfigError naming the key."""
-    names = ("strategy", "threshold", "entropy_bound", "denoising_steps", "block_size", "max_tokens",
-             "temperature", "top_k", "top_p")  # fmt: skip
+    names = ("strategy", "score", "first_token", "threshold", "entropy_bound", "denoising_steps", "block_size",
+             "max_tokens", "temperature", "top_k", "top_p")  # fmt: skip
     try:
         return SamplingOptions(**{name: getattr(config.rollout, name) for name in names}, seed=seed)
     except ConfigError as error:
