@@ -5,8 +5,8 @@ import dataclasses
 
 from tracerl_jax.launch.common import add_config_arguments, resolve, train_and_describe
 
-HELP = """Supervised fine-tuning with block-diffusion masks (sft.method semi_ar or trace), evaluation before and after,
-and the result as a Hugging Face folder. The same command continues a run that was interrupted."""
+HELP = """Supervised fine-tuning (sft.method semi_ar, random_masking, trace or ar), evaluation before and after, and the
+result as a Hugging Face folder. The same command continues a run that was interrupted."""
 
 EPILOG = """examples:
   tracerl sft --config configs/sft_sdar_4b.py --config.model.path=SDAR-4B-Chat --config.sft.path=rows.jsonl

@@ -11,6 +11,8 @@ import numpy as np
 from tracerl_jax.diffusion.packing import PackedRows
 from tracerl_jax.diffusion.replay import ReplayItem, masking_item, trace_item
 from tracerl_jax.diffusion.rounds import pad_response, round_rows, trace_states
+from tracerl_jax.interop.families import FAMILIES
+from tracerl_jax.interop.names import hf_tensors, leaves_by_path
 
 
 class Case(NamedTuple):
@@ -53,10 +55,10 @@ def load_case(arrays, file: str, name: str) -> Case:
     data = arrays(file, name)
     L1, pad_id = meta["L1"], meta["pad_id"]
     dataset = arrays(file, f"ds.{meta['dataset']}")
-    prompts = _lists(dataset, "prompts")
+    prompts = read_lists(dataset, "prompts")
     padded = [
         pad_response(ids, steps, length=L1, pad_id=pad_id)
-        for ids, steps in zip(_lists(dataset, "responses"), _lists(dataset, "steps"), strict=True)
+        for ids, steps in zip(read_lists(dataset, "responses"), read_lists(dataset, "steps"), strict=True)
     ]
     responses = [ids for ids, _ in padded]
     steps = [steps if meta.get("recorded_steps", True) else np.arange(L1) for _, steps in padded]
@@ -107,5 +109,28 @@ def fill_up(rows: PackedRows, shape: tuple[int, int, int]) -> PackedRows:
     return filled
 
 
-def _lists(dataset: dict, name: str) -> list[np.ndarray]:
+def by_checkpoint_name(tree: dict, family: str) -> dict[str, np.ndarray]:
+    """Our tree as the family's checkpoint tensors, [out,in]."""
+    leaves = leaves_by_path(tree)
+    tensors = {}
+    for tensor in hf_tensors(tree, FAMILIES[family].tensors):
+        values = np.asarray(leaves[tensor.path][tensor.index])
+        tensors[tensor.name] = values.T if tensor.transpose else values
+    return tensors
+
+
+def check_gradients(grads: dict, family: str, golden: dict, prefix: str, names) -> int:
+    """Gradients against recorded norms and full ones, of which the number is returned."""
+    grads = by_checkpoint_name(grads, family)
+    norms = np.array([np.linalg.norm(grads[name]) for name in names])
+    np.testing.assert_allclose(norms, golden[f"{prefix}grad_norms"], rtol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(norms), golden[f"{prefix}grad_global_norm"], rtol=1e-4)
+    full = [key for key in golden if key.startswith(prefix + "grad.")]
+    for key in full:
+        want = golden[key]
+        np.testing.assert_allclose(grads[key.removeprefix(prefix + "grad.")], want, rtol=0, atol=2e-4 * abs(want).max())
+    return len(full)
+
+
+def read_lists(dataset: dict, name: str) -> list[np.ndarray]:
     return [row[:n] for row, n in zip(dataset[name], dataset[f"{name}_len"], strict=True)]

@@ -97,24 +97,30 @@ class TaskSection:
 @dataclass(frozen=True)
 class SFTSection:
     steps: int = _doc(0, "updates of supervised warm-up before RL; 0: none")
-    method: Literal["semi_ar", "trace"] = _doc("semi_ar", "random masks inside blocks, or replay of a decoding order")
+    method: Literal["semi_ar", "trace", "random_masking", "ar"] = _doc(
+        "semi_ar", "masks inside blocks, replay of a decoding order, masks all over the response, or next token"
+    )
     path: str | None = _doc(None, "rows with prompt/response (and step_map for `trace`), default: the task's solutions")
     sequences_per_update: int = _doc(64, "responses per optimizer update")
     rows_per_device: int = _doc(8, "packed rows that a device (of the data and fsdp axes) takes per forward/backward")
     row_length: int = _doc(512, "tokens of a packed row")
     max_response_tokens: int = _doc(256, "longer responses are bad rows")
-    mask_low: float = _doc(0.1, "lowest mask ratio, drawn per block")
+    mask_low: float = _doc(0.1, "lowest mask ratio, drawn per block (random_masking: per response)")
     mask_high: float = _doc(1.0, "highest mask ratio")
     inverse_ratio_weight: bool = _doc(False, "weight targets by 1 / mask ratio (the diffusion ELBO)")
     shrink: int = _doc(1, "steps merged into one replay group (method trace)")
+    canvas_tokens: int | None = _doc(
+        None, "response positions a full-attention model sees, MASK behind the response; default: max_response_tokens"
+    )
+    blocks_per_response: int = _doc(1, "blocks trained each time a response comes up (full attention, semi_ar); 0: all")
     log_every: int = _doc(10, "updates between metric rows")
     optimizer: OptimizerConfig = _doc(OptimizerConfig(learning_rate=1e-5), "AdamW of the warm-up")
 
     def __post_init__(self):
-        _require_not_negative(self, "sft", "steps")
+        _require_not_negative(self, "sft", "steps", "blocks_per_response")
         _require_positive(
             self, "sft", "sequences_per_update", "rows_per_device", "row_length", "max_response_tokens", "shrink",
-            "log_every",
+            "log_every", "canvas_tokens",
         )  # fmt: skip
         _require(
             0 < self.mask_low <= self.mask_high <= 1,

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tracerl_jax.diffusion.replay import masking_item, shrunk_steps, trace_item
+from tracerl_jax.diffusion.replay import causal_item, masking_item, shrunk_steps, slices_item, trace_item
 from tracerl_jax.errors import ConfigError
 
 M = 0  # the mask id
@@ -135,3 +135,35 @@ def test_every_token_is_a_target_once_in_the_state_before_its_step(trace, B, shr
     np.testing.assert_array_equal(item.clean, canvas[: item.group_start[-1]])
     np.testing.assert_array_equal((item.group_start - item.grid_offset) % B, 0)
     assert (shrunk >= steps).all() and set(shrunk) <= set(steps)
+
+
+def test_full_attention_is_one_block_as_long_as_the_canvas():
+    """Prompt of 5, response of 8, two more positions on the canvas."""
+    item = trace_item(PROMPT, IDS, STEPS, block_size=len(PROMPT) + len(IDS) + 2, mask_id=M)
+    assert len(item.clean) == 0 and not item.group_start.any()
+    for ids, state in zip(item.group_ids, np.unique(STEPS), strict=True):
+        hidden = np.asarray(STEPS) >= state
+        np.testing.assert_array_equal(ids, [*PROMPT, *np.where(hidden, M, IDS), M, M])
+    np.testing.assert_array_equal(np.unique(STEPS)[item.target_round], np.asarray(STEPS)[item.target_pos])
+
+
+def test_slices():
+    masked = np.isin(np.arange(len(IDS)), [1, 3, 4])
+    slices = np.arange(len(IDS)) // 3
+    item = slices_item(PROMPT, IDS, masked, slices, canvas=len(PROMPT) + len(IDS), mask_id=M)
+    p = len(PROMPT)
+    first, second = (ids[p:].tolist() for ids in item.group_ids)
+    assert first == [IDS[0], M, IDS[2], *[M] * (len(IDS) - 3)]
+    assert second == [*IDS[:3], M, M, IDS[5], *[M] * (len(IDS) - 6)]
+    assert list(item.target_pos) == [1, 3, 4] and list(item.target_round) == [0, 1, 1]
+    one = slices_item(PROMPT, IDS, masked, slices, canvas=len(PROMPT) + len(IDS), mask_id=M, chosen=[1])
+    assert list(one.target_pos) == [3, 4] and one.group_ids[0, p:].tolist() == second
+
+
+def test_causal_item_trains_the_clean_stream():
+    weights = np.ones(len(IDS))
+    weights[2] = 0
+    item = causal_item(PROMPT, IDS, weights=weights)
+    assert list(item.clean) == [*PROMPT, *IDS] and item.block_size == 1 and len(item.group_ids) == 0
+    np.testing.assert_array_equal(item.clean[item.target_column], item.target_ids)
+    assert 2 not in item.target_pos and len(item.target_pos) == len(IDS) - 1

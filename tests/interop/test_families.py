@@ -1,4 +1,4 @@
-"""Dream, LLaDA and MMaDA folders: configs and weights both ways, ids, chat templates, and what is not a family's own."""
+"""Dream, LLaDA and MMaDA folders: configs and weights both ways, chat templates, and what is not a family's own."""
 
 import json
 import shutil
@@ -162,7 +162,8 @@ def test_a_new_mmada_folder_reads_back(tmp_path):
         ("llada_tiny", {"model_type": "mmada"}, r"the key llm_vocab_size is missing.* those of model_type llada"),
         ("mmada_tiny", {"model_type": "llada"}, r"llm_vocab_size = 160 .*set model_type to mmada"),
         ("dream_tiny", {"model_type": "qwen2"}, r"model_type 'qwen2' is not supported.*set model_type to Dream"),
-        ("dream_tiny", {"num_attention_heads": 5, "num_key_value_heads": 5}, r"width 48 is not num_heads \* head_dim"),
+        ("dream_tiny", {"num_attention_heads": 5, "num_key_value_heads": 5},
+         r"hidden_size = 48 is not a multiple of num_attention_heads = 5"),
     ],
 )
 def test_a_config_of_another_family_is_refused(name, changes, message, tmp_path):

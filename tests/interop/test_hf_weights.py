@@ -12,7 +12,7 @@ import pytest
 from folder_utils import assert_files_equal, assert_trees_equal, make_folder, random_params, tensors_of
 from golden_utils import GOLDEN, NAMES, load_golden, load_value_golden
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from tracerl_jax.data.char_tokenizer import build_char_tokenizer
 from tracerl_jax.errors import CheckpointError, ConfigError

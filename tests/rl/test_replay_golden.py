@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_utils import NAMES, load_golden, load_value_golden
-from replay_utils import case_names, fill_up, load_case
+from replay_utils import case_names, check_gradients, fill_up, load_case
 
 from tracerl_jax.diffusion.packing import pack
 from tracerl_jax.diffusion.replay import shrunk_steps
@@ -70,43 +70,6 @@ def loss_and_gradient(loss, model, params, rows):
     return total, metrics, forward_and_gradient(model, params, rows, cotangent)[1]
 
 
-def by_checkpoint_name(tree, names):
-    """Our tree as checkpoint tensors, [out,in]."""
-    renamed = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm", "self_attn": "attention"}
-    top = {
-        "model.embed_tokens.weight": ("embed", "embedding"),
-        "model.norm.weight": ("final_norm", "scale"),
-        "lm_head.weight": ("lm_head", "kernel"),
-        "value_head.weight": ("value_head", "kernel"),
-    }
-    tensors = {}
-    for name in names:
-        if name in top:
-            module, leaf = top[name]
-            tensor = tree[module][leaf]
-        else:
-            _, _, layer, *path, _ = name.split(".")
-            node = tree["layers"]
-            for part in path:
-                node = node[renamed.get(part, part)]
-            (leaf,) = node
-            tensor = node[leaf][int(layer)]
-        tensors[name] = np.asarray(tensor).T if leaf == "kernel" else np.asarray(tensor)
-    return tensors
-
-
-def check_gradients(grads, golden, prefix, names):
-    grads = by_checkpoint_name(grads, names)
-    norms = np.array([np.linalg.norm(g) for g in grads.values()])
-    np.testing.assert_allclose(norms, golden[prefix + "grad_norms"], rtol=1e-4)
-    np.testing.assert_allclose(np.linalg.norm(norms), golden[prefix + "grad_global_norm"], rtol=1e-4)
-    full = [key for key in golden if key.startswith(prefix + "grad.")]
-    for key in full:
-        want = golden[key]
-        np.testing.assert_allclose(grads[key.removeprefix(prefix + "grad.")], want, rtol=0, atol=2e-4 * abs(want).max())
-    return len(full)
-
-
 def row_sums(rows, golden_row, per_target, count):
     live = rows.target_item >= 0
     return np.bincount(golden_row[live], np.asarray(per_target)[live], minlength=count)
@@ -147,7 +110,7 @@ def test_policy(name, case, layout):
     surrogate = per_target_policy(np.asarray(new), np.asarray(old), advantages, meta["eps"])
     row_policy = row_sums(rows, row, -weights * surrogate, meta["rows"])
     np.testing.assert_allclose(row_policy, data["row_policy"], atol=1e-4)
-    stored = check_gradients(grads, data, "", golden.arrays("tracerl")["param_names"])
+    stored = check_gradients(grads, model.config.family, data, "", golden.arrays("tracerl")["param_names"])
     assert stored >= 3
 
 
@@ -173,7 +136,7 @@ def test_value(name, case, layout):
         loss, _, grads = loss_and_gradient(loss_of, model, heads.params_new, rows)
         np.testing.assert_allclose(loss, data[f"g{k}.value_loss"], atol=1e-4)
         if f"g{k}.grad_norms" in data:
-            check_gradients(grads, data, f"g{k}.", names)
+            check_gradients(grads, model.config.family, data, f"g{k}.", names)
         else:
             norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
             np.testing.assert_allclose(norm, data[f"g{k}.grad_global_norm"], rtol=1e-4)
@@ -235,4 +198,4 @@ def test_sft(name, case, layout):
     logp = np.asarray(forward(model, golden.params_new, rows))
     got = row_sums(rows, row, -weights * logp, case.meta["rows"])
     np.testing.assert_allclose(got, case.data["row_loss"], rtol=1e-4)
-    check_gradients(grads, case.data, "", golden.arrays("sft")["param_names"])
+    check_gradients(grads, model.config.family, case.data, "", golden.arrays("sft")["param_names"])

@@ -13,12 +13,21 @@ from tracerl_jax.data.char_tokenizer import build_char_tokenizer
 from tracerl_jax.data.prompts import Example
 from tracerl_jax.data.tasks import load_task
 from tracerl_jax.diffusion.packing import pack
-from tracerl_jax.errors import DataError
+from tracerl_jax.errors import ConfigError, DataError
 from tracerl_jax.models import PRESETS, Model
-from tracerl_jax.sft.examples import drop_long, fill_last_block, load_examples, make_items
+from tracerl_jax.sft.examples import (
+    Layout,
+    check_method,
+    drop_long,
+    fill_last_block,
+    load_examples,
+    make_items,
+)
 from tracerl_jax.sft.loop import sft_objective
 
 EOS, MASK = 1, 2
+BLOCKS = Layout(MASK, block_size=4)
+FULL = Layout(MASK, block_size=4, canvas=20)
 
 
 def example(prompt_len, response_len, step_map=None):
@@ -29,23 +38,23 @@ def example(prompt_len, response_len, step_map=None):
 
 @pytest.mark.parametrize(("prompt_len", "response_len", "missing"), [(4, 4, 0), (4, 5, 3), (3, 4, 1), (1, 1, 2)])
 def test_the_last_block_is_filled_with_eos_revealed_last(prompt_len, response_len, missing):
-    filled = fill_last_block(example(prompt_len, response_len), 4, EOS, ())
+    filled = fill_last_block(example(prompt_len, response_len), BLOCKS, EOS, ())
     assert (len(filled.prompt_ids) + len(filled.response_ids)) % 4 == 0
     assert list(filled.response_ids[response_len:]) == [EOS] * missing
     assert list(filled.step_map) == [*range(1, response_len + 1), *[response_len + 1] * missing]
 
 
 def test_a_step_map_of_the_row_is_kept():
-    filled = fill_last_block(example(2, 3, np.array([2, 1, 7], np.int32)), 4, EOS, ())
+    filled = fill_last_block(example(2, 3, np.array([2, 1, 7], np.int32)), BLOCKS, EOS, ())
     assert list(filled.step_map) == [2, 1, 7, 8, 8, 8]
 
 
 def test_behind_a_response_that_was_cut_off_nothing_is_known():
     cut = dataclasses.replace(example(4, 5), response_ids=np.arange(10, 15, dtype=np.int32))
-    assert list(fill_last_block(cut, 4, EOS, (14,)).response_ids) == [*range(10, 15), EOS, EOS, EOS]
-    filled = fill_last_block(cut, 4, EOS, ())
+    assert list(fill_last_block(cut, BLOCKS, EOS, (14,)).response_ids) == [*range(10, 15), EOS, EOS, EOS]
+    filled = fill_last_block(cut, BLOCKS, EOS, ())
     assert list(filled.response_ids) == [*range(10, 15)] and list(filled.step_map) == [1, 2, 3, 4, 5]
-    (item,) = make_items([filled], SFTSection(method="trace"), block_size=4, mask_id=MASK, seed=0, update=1)
+    (item,) = make_items([filled], SFTSection(method="trace"), BLOCKS, seed=0, update=1)
     last = item.group_ids[item.group_start == 8]
     assert [list(block) for block in last] == [[MASK] * 4]  # before the reveal of the fifth token
     assert list(item.target_pos) == [0, 1, 2, 3, 4]
@@ -56,9 +65,9 @@ def masks(items):
     return [set(item.target_pos.tolist()) for item in items]
 
 
-def items_of(config, seed, update, count=64):
-    examples = [fill_last_block(example(5, 7), 4, EOS, ())] * count
-    return make_items(examples, config, block_size=4, mask_id=MASK, seed=seed, update=update)
+def items_of(config, seed, update, count=64, layout=BLOCKS):
+    examples = [fill_last_block(example(5, 7), layout, EOS, ())] * count
+    return make_items(examples, config, layout, seed=seed, update=update)
 
 
 def test_masks_are_fresh_for_every_update_and_place_and_repeat_with_the_seed():
@@ -115,6 +124,84 @@ def test_the_objective_is_the_weighted_sum_of_cross_entropies():
     assert metrics
 
 
+# Full attention: every state is a whole canvas, here prompt 5 and 20 response positions
+
+
+def masked_somewhere(item):
+    return len(item.target_pos) > 0
+
+
+def test_random_masking_draws_one_ratio_per_response_and_keeps_the_canvas_behind_it_masked():
+    config = SFTSection(method="random_masking", mask_low=0.2, mask_high=1.0, inverse_ratio_weight=True)
+    items, blocks = items_of(config, 1, 1, layout=FULL), 0
+    for item in filter(masked_somewhere, items):
+        assert item.group_ids.shape == (1, 5 + 20) and len(item.clean) == 0
+        canvas = item.group_ids[0]
+        assert list(canvas[:5]) == [5, 6, 7, 8, 9] and (canvas[13:] == MASK).all()
+        assert set(np.flatnonzero(canvas[5:13] == MASK)) == set(item.target_pos)
+        assert len(set(item.target_weight)) == 1
+        blocks += len(set(item.target_pos // 4)) == 2
+    assert blocks > 16 and len({tuple(item.target_pos) for item in items}) > 16
+    assert masks(items) != masks(items_of(config, 1, 2, layout=FULL))
+
+
+def test_semi_ar_of_full_attention_trains_chosen_blocks_with_later_ones_masked():
+    config = SFTSection(mask_low=0.5, mask_high=1.0)
+    chosen = set()
+    for item in filter(masked_somewhere, items_of(config, 2, 1, layout=FULL)):
+        (block,) = set((item.target_pos // 4).tolist())
+        chosen.add(block)
+        canvas = item.group_ids[0, 5:]
+        assert (canvas[: 4 * block] != MASK).all() and (canvas[4 * block + 4 :] == MASK).all()
+    assert chosen == {0, 1}
+    every = dataclasses.replace(config, mask_low=1.0, mask_high=1.0, blocks_per_response=0)
+    (item,) = items_of(every, 2, 1, count=1, layout=FULL)
+    assert len(item.group_ids) == 2 and list(item.target_pos) == [*range(8)]
+    assert list(item.group_ids[1, 5:9]) == [10, 11, 12, 13]
+
+
+def test_a_trace_of_full_attention_replays_the_whole_canvas():
+    (item,) = items_of(SFTSection(method="trace", shrink=3), 0, 1, count=1, layout=FULL)
+    assert item.group_ids.shape == (3, 25) and list(item.target_round) == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert list(item.group_ids[1, 5:9]) == [10, 11, 12, MASK]
+
+
+def test_blocks_of_full_attention_start_at_the_response():
+    assert len(fill_last_block(example(3, 5), FULL, EOS, ()).response_ids) == 8
+    assert len(fill_last_block(example(3, 5), BLOCKS, EOS, ()).response_ids) == 5
+
+
+def test_next_token_training_sees_the_clean_sequence_and_one_eos():
+    row = example(5, 7)
+    (item,) = make_items([row], SFTSection(method="ar"), BLOCKS, seed=0, update=1)
+    assert list(item.clean) == [*row.prompt_ids, *row.response_ids]
+    rows = pack([item], row_length=16)
+    assert list(rows.target_index[0, :7]) == [*range(5, 12)] and list(rows.target_ids[0, :7]) == list(row.response_ids)
+    np.testing.assert_array_equal(rows.intervals[0, :12, :2], [(0, t + 1) for t in range(12)])
+
+
+@pytest.mark.parametrize(
+    ("method", "preset", "message"),
+    [
+        ("random_masking", "sdar_tiny", "sees no block behind the one it decodes: set sft.method=semi_ar"),
+        ("ar", "llada_demo", "the logits of this model .llada. belong to their own position"),
+        ("ar", "sdar_tiny", "the logits of this model .sdar. belong to their own position"),
+    ],
+)
+def test_a_method_that_does_not_go_with_the_model_is_refused(method, preset, message):
+    with pytest.raises(ConfigError, match=message):
+        check_method(method, PRESETS[preset])
+    check_method("ar", PRESETS["dream_demo"])
+    check_method("random_masking", PRESETS["llada_demo"])
+
+
+def test_a_canvas_must_fit_into_a_row():
+    row = fill_last_block(example(5, 7), FULL, EOS, ())
+    assert drop_long([row], SFTSection(method="random_masking", row_length=25), FULL) == [row]
+    with pytest.raises(DataError, match=r"take up to 25 tokens of a training row, sft\.row_length is 24"):
+        drop_long([row], SFTSection(method="random_masking", row_length=24), FULL)
+
+
 # Rows
 
 
@@ -159,17 +246,17 @@ def test_traces_without_a_step_map_in_any_row_are_said_to_be_left_to_right(tmp_p
 @pytest.mark.parametrize(("method", "need"), [("semi_ar", 4 + 4 + 8), ("trace", 4 + 4 + 8 * 4)])
 def test_an_example_that_may_not_fit_into_a_row_is_a_bad_row(method, need):
     """Prompt 4, response 8: at most 8 clean tokens, and two masked blocks or one group a token."""
-    rows = [fill_last_block(dataclasses.replace(example(4, r), source=f"rows.jsonl:{r}"), 4, EOS, ()) for r in (4, 8)]
-    sizes = {"block_size": 4, "mask_id": MASK}
+    rows = [fill_last_block(dataclasses.replace(example(4, r), source=f"rows.jsonl:{r}"), BLOCKS, EOS, ())
+            for r in (4, 8)]  # fmt: skip
     config = SFTSection(method=method, row_length=need)
-    assert drop_long(rows, config, **sizes) == rows
+    assert drop_long(rows, config, BLOCKS) == rows
     config = dataclasses.replace(config, row_length=need - 1)
     message = rf"rows\.jsonl:8: .* up to {need} tokens .* sft\.row_length to at least {need}"
     with pytest.raises(DataError, match=message):
-        drop_long(rows, config, **sizes)
-    assert drop_long(rows, config, **sizes, on_bad_row="skip") == rows[:1]
+        drop_long(rows, config, BLOCKS)
+    assert drop_long(rows, config, BLOCKS, on_bad_row="skip") == rows[:1]
     with pytest.raises(DataError, match="none of the 1 rows can be used"):
-        drop_long(rows[1:], config, **sizes, on_bad_row="skip")
+        drop_long(rows[1:], config, BLOCKS, on_bad_row="skip")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ One item, B = 2, p = 3, response a b c, steps 1 | 2 3, M = MASK, `#` = the query
              M     #  #  #  #              #  #       (0, 4, 8, 10)   target c
 
 A row is `[item | item | ... | padding]`, intervals shifted to the item's first column. Padding sees nothing and is not
-seen.
+seen. Groups without clean stream, as models with full attention have them, may lie in different rows.
 """
 
 import dataclasses
@@ -115,6 +115,8 @@ def pack(
 ) -> PackedRows:
     """Lay items out in rows, first fit in order of falling size (ties by index): the same items give the same rows.
 
+    An item lies in one row, but for the pieces of one without clean stream.
+
     Args:
       items: `target_item` counts them from 0; an item without targets takes no room.
       row_length: T, or several to choose from; the smallest one that holds the largest item is taken.
@@ -123,29 +125,33 @@ def pack(
 
     Raises DataError when an item is longer than the longest row.
     """
-    sizes = [item.size for item in items]
-    T = _choose_length(items, sizes, row_length)
+    pieces = [(index, piece) for index, item in enumerate(items) for piece in item.pieces()]
+    sizes = [piece.size for _, piece in pieces]
+    T = _choose_length(pieces, sizes, row_length)
     members = _first_fit(sizes, T)
-    targets = max((sum(len(items[i].target_ids) for i in row) for row in members), default=0)
+    targets = max((sum(len(pieces[i][1].target_ids) for i in row) for row in members), default=0)
     P = round_up(max(targets, 1), targets_multiple or max(1, T // TARGET_STEPS_PER_ROW))
     N = round_up(max(len(members), 1), rows_multiple)
     rows = PackedRows.empty(N, T, P, [item.response_len for item in items])
     for n, row in enumerate(members):
         column = slot = 0
         for i in row:
-            _place(rows, n, column, slot, items[i], i)
-            column, slot = column + sizes[i], slot + len(items[i].target_ids)
+            index, piece = pieces[i]
+            _place(rows, n, column, slot, piece, index)
+            column, slot = column + sizes[i], slot + len(piece.target_ids)
     return rows
 
 
-def _choose_length(items: Sequence[ReplayItem], sizes: list[int], row_length: int | Sequence[int]) -> int:
+def _choose_length(
+    pieces: Sequence[tuple[int, ReplayItem]], sizes: list[int], row_length: int | Sequence[int]
+) -> int:
     lengths = sorted([row_length] if isinstance(row_length, int) else row_length)
     longest = int(np.argmax(sizes)) if sizes else -1
     need = sizes[longest] if sizes else 0
     if need > lengths[-1]:
-        item = items[longest]
+        index, item = pieces[longest]
         raise DataError(
-            f"response {longest} needs {need} tokens of a training row ({len(item.clean)} clean and "
+            f"response {index} needs {need} tokens of a training row ({len(item.clean)} clean and "
             f"{len(item.group_ids)} replay groups of {item.block_size}) but row_length is {lengths[-1]}: "
             f"raise row_length to at least {need}, raise shrink, or lower max_tokens"
         )
@@ -181,7 +187,7 @@ def _place(rows: PackedRows, n: int, column: int, slot: int, item: ReplayItem, i
     rows.intervals[n, tokens] = column + np.concatenate([clean_intervals, np.repeat(group_intervals, B, axis=0)])
 
     targets = slice(slot, slot + len(item.target_ids))
-    rows.target_index[n, targets] = column + group_column[item.target_group] + item.target_offset
+    rows.target_index[n, targets] = column + item.target_column
     rows.target_ids[n, targets] = item.target_ids
     rows.target_weight[n, targets] = item.target_weight
     rows.target_item[n, targets] = index

@@ -12,8 +12,15 @@ tokens that were revealed in that state. `trace_item` replays a recorded trace; 
     round 2                            |  d  e [M] g
 
 With `alignment="response"` the grid starts at the response instead, as in the reference, and p4 is in no group.
+
+A model with full attention sees its whole canvas at once: to it everything is one block, so `block_size` is the length
+of the canvas, MASK behind the response included, there is no clean stream, and a group is a whole sequence:
+
+    round 0  p0 p1 p2 p3 p4  M [M] M  M  M  M  M  M  M
+    round 1  p0 p1 p2 p3 p4 [M] b [M] M  M  M  M  M  M
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,14 +35,15 @@ _ALWAYS, _NEVER = -1, np.iinfo(np.int32).max  # rounds after which a token is vi
 class ReplayItem:
     """One response: the clean ids its groups look back on, its groups, and their targets (in order of group, position).
 
-    `clean` holds positions [0, start of the last block that has a group): nobody looks at a later clean token.
+    `clean` holds positions [0, start of the last block that has a group): nobody looks at a later clean token. Without
+    groups (`causal_item`) it is the whole sequence and holds the targets itself.
     """
 
     clean: np.ndarray  # [c] int32
     group_start: np.ndarray  # [M] int32, absolute position of the first token of the group's block
     group_ids: np.ndarray  # [M,B] int32, MASK where hidden
-    target_group: np.ndarray  # [n] int32, index into the groups
-    target_offset: np.ndarray  # [n] int32, index into the group's B tokens
+    target_group: np.ndarray  # [n] int32, index into the groups; -1: the clean stream
+    target_offset: np.ndarray  # [n] int32, index into the group's B tokens, or the clean stream's
     target_ids: np.ndarray  # [n] int32
     target_weight: np.ndarray  # [n] f32
     target_pos: np.ndarray  # [n] int32, index into the response
@@ -51,6 +59,27 @@ class ReplayItem:
     def size(self) -> int:
         """Tokens the item takes in a row."""
         return len(self.clean) + self.group_ids.size
+
+    @property
+    def target_column(self) -> np.ndarray:
+        """[n] index of each target among the item's tokens: the clean stream, then the groups."""
+        group = len(self.clean) + self.block_size * self.target_group
+        return np.where(self.target_group < 0, 0, group) + self.target_offset
+
+    def pieces(self) -> list["ReplayItem"]:
+        """Parts that may lie in different rows: groups that look back on nothing do not need each other."""
+        if len(self.clean) or len(self.group_ids) < 2:
+            return [self]
+        return [self._group(g) for g in range(len(self.group_ids))]
+
+    def _group(self, g: int) -> "ReplayItem":
+        mine = self.target_group == g
+        return dataclasses.replace(
+            self, group_start=self.group_start[g : g + 1], group_ids=self.group_ids[g : g + 1],
+            target_group=self.target_group[mine] - g, target_offset=self.target_offset[mine],
+            target_ids=self.target_ids[mine], target_weight=self.target_weight[mine], target_pos=self.target_pos[mine],
+            target_round=self.target_round[mine],
+        )  # fmt: skip
 
     @property
     def rounds(self) -> int:
@@ -112,6 +141,47 @@ def masking_item(
         block_size=block_size, mask_id=mask_id, offset=_grid_offset(len(prompt_ids), block_size, alignment),
         tail_ids=(), tail_rounds=(),
     )  # fmt: skip
+
+
+def slices_item(prompt_ids, ids, masked, slices, *, canvas: int, mask_id: int, weights=None, chosen=None) -> ReplayItem:
+    """Semi-autoregressive states of a model with full attention, one per slice: the slices before it are visible, those
+    behind it hidden, and in it `masked` is hidden and trained.
+
+    Args:
+      prompt_ids [p], ids [r], masked [r] bool.
+      slices: [r] int, which slice each token belongs to, in order of decoding.
+      canvas: positions of the sequence, at least p + r; MASK behind the response.
+      weights: [r] f32 loss weights, 1 when None. A token of weight 0 is no target.
+      chosen: slices that get a state, all when None.
+    """
+    masked, slices = np.asarray(masked, bool), np.asarray(slices)
+    is_target = masked if chosen is None else masked & np.isin(slices, chosen)
+    return _build(
+        prompt_ids, ids, np.where(masked, slices, slices - 1), is_target, weights,
+        block_size=canvas, mask_id=mask_id, offset=0, tail_ids=(), tail_rounds=(),
+    )  # fmt: skip
+
+
+def causal_item(prompt_ids, ids, *, weights=None) -> ReplayItem:
+    """Next-token training: the clean sequence, each token seeing those up to itself, every token of `ids` a target.
+
+    For models with shifted logits, which read it at the token before. `weights` as of `slices_item`.
+    """
+    weights = np.ones(len(ids), np.float32) if weights is None else np.asarray(weights, np.float32)
+    pos = np.flatnonzero(weights).astype(np.int32)
+    return ReplayItem(
+        clean=np.concatenate([prompt_ids, ids]).astype(np.int32),
+        group_start=np.zeros(0, np.int32),
+        group_ids=np.zeros((0, 1), np.int32),  # blocks of 1: the clean stream is causal
+        target_group=np.full(len(pos), -1, np.int32),
+        target_offset=(len(prompt_ids) + pos).astype(np.int32),
+        target_ids=np.asarray(ids, np.int32)[pos],
+        target_weight=weights[pos],
+        target_pos=pos,
+        target_round=np.zeros(len(pos), np.int32),
+        grid_offset=0,
+        response_len=len(ids),
+    )
 
 
 def shrunk_steps(prompt_len: int, step_map, block_size: int, shrink: int, alignment: str = "absolute") -> np.ndarray:

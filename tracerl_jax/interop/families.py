@@ -126,7 +126,7 @@ _LLADA: dict[str, Any] = {
     "turn_end_id": 126348,
     "fixed": _FULL | _SAME_POSITION,
     "defaults": _DEFAULT_BLOCK,
-    # Its newline after the header is doubled, unlike the TraceRL paper's prompt.
+    # As published; the TraceRL paper's prompt has other newlines and a second <|startoftext|>.
     "chat_template": (
         "{% for message in messages %}{% if loop.first %}<|startoftext|>{% endif %}"
         "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>"
@@ -235,18 +235,14 @@ def others_with_tensors(names: Iterable[str], family: Family) -> list[str]:
     names = set(names)
     found = []
     for other in FAMILIES.values():
-        layer = {pattern: path for path, (pattern, _) in other.tensors.items() if "{0}" in pattern}
-        there = {path for pattern, path in layer.items() if pattern.format(0, 0) in names}
-        biases, norms = f"{_ATTENTION}q_proj/bias", f"{_ATTENTION}q_norm/scale"
+        layer = ((path, pattern.format(0, 0)) for path, (pattern, _) in other.tensors.items() if "{0}" in pattern)
+        there = {path for path, name in layer if name in names}
         fits = (
-            f"{_ATTENTION}q_proj/kernel" in there
-            and (norms in there) == other.fixed["qk_norm"]
-            and (biases in there or not other.fixed.get("qkv_bias"))
+            "layers/attention/q_proj/kernel" in there
+            and ("layers/attention/q_norm/scale" in there) == other.fixed["qk_norm"]
+            and ("layers/attention/q_proj/bias" in there or not other.fixed.get("qkv_bias"))
             and ("layers/moe/gate_proj" in there) == ("num_experts" in other.keys)
         )
         if other is not family and fits:
             found.append(other.model_type)
     return found
-
-
-_ATTENTION = "layers/attention/"

@@ -63,15 +63,21 @@ def model_config_from_hf(
             file.
     """
     family = family_of(config, source)
-    _refuse_unsupported(config, family, source)
     fields: dict[str, Any] = {"family": family.name, **family.fixed, **family.defaults}
     fields |= {name: _value(config, key, family, source) for name, key in family.keys.items()}
+    _refuse_unsupported(config, family, source)
     fields["rope_theta"] = _rope(config).get("rope_theta", fields["rope_theta"])
     if family.defaults.get("block_size") and "block_size" in config:  # not theirs, but where we write it
         fields["block_size"] = config["block_size"]
     if fields["num_kv_heads"] is None:
         fields["num_kv_heads"] = fields["num_heads"]
-    fields.setdefault("head_dim", fields["width"] // fields["num_heads"])
+    if "head_dim" not in fields:
+        fields["head_dim"], rest = divmod(fields["width"], fields["num_heads"])
+        if rest:
+            width, heads = (family.keys[name].name for name in ("width", "num_heads"))
+            raise CheckpointError(
+                f"{source}: {width} = {config[width]} is not a multiple of {heads} = {config[heads]}; correct one"
+            )
     fields |= _special_ids(config, generation or {}, fields["vocab_size"], family)
     try:
         model_config = ModelConfig(**fields)

@@ -60,6 +60,11 @@ def score_traces(
     mask_id = model.config.mask_token_id
     if mask_id is None:
         raise ConfigError("the model has no mask_token_id, so traces cannot be replayed; add it to its config.json")
+    if model.config.attention_mode != "block_causal":
+        raise ConfigError(
+            f"traces of a model with attention_mode {model.config.attention_mode!r} ({model.config.family}) cannot be "
+            "scored: their replay needs the canvas they were decoded on, which a trace does not record"
+        )
     items = [
         trace_item(
             t.prompt_ids, t.ids, t.step_map, block_size=t.block_size, mask_id=mask_id,

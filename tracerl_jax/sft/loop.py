@@ -1,4 +1,4 @@
-"""Supervised training of a block-diffusion model: masked blocks (semi-AR) or replayed decoding orders (trace)."""
+"""Supervised training: masked blocks (semi-AR) or responses, replayed decoding orders (trace), next token (AR)."""
 
 import time
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from tracerl_jax.parallel.sharding import row_shards
 from tracerl_jax.report.metrics import DelayedMetrics
 from tracerl_jax.rl.logprobs import packed_logprobs
 from tracerl_jax.rl.objectives import cross_entropy
-from tracerl_jax.sft.examples import drop_long, fill_last_block, load_examples, make_items
+from tracerl_jax.sft.examples import Layout, check_method, drop_long, fill_last_block, load_examples, make_items
 from tracerl_jax.training.guard import NonFiniteGuard
 from tracerl_jax.training.interrupt import Interrupted
 from tracerl_jax.training.optimizer import make_optimizer, make_schedule
@@ -30,27 +30,22 @@ def sft_objective(model: Model, params, batch):
 
 
 def prepare_examples(run: Run) -> list[Example]:
-    """What the warm-up trains on. Raises DataError for bad rows, before anything is trained."""
-    model, block_size = run.model.config, _block_size(run)
-    examples = [
-        fill_last_block(example, block_size, model.eos_token_id, model.stop_token_ids)
-        for example in load_examples(run.task, run.tokenizer, run.config)
-    ]
-    return drop_long(
-        examples, run.config.sft, block_size=block_size, mask_id=model.mask_token_id,
-        on_bad_row=run.config.task.on_bad_row,
-    )  # fmt: skip
-
-
-def _block_size(run: Run) -> int:
-    return run.config.rollout.block_size or run.model.config.block_size
+    """What the warm-up trains on. Raises ConfigError for a method that does not go with the model and DataError for bad
+    rows, before anything is trained."""
+    model, sft = run.model.config, run.config.sft
+    check_method(sft.method, model)
+    layout = Layout.of(model, run.config)
+    examples = load_examples(run.task, run.tokenizer, run.config)
+    if sft.method != "ar":
+        examples = [fill_last_block(e, layout, model.eos_token_id, model.stop_token_ids) for e in examples]
+    return drop_long(examples, sft, layout, on_bad_row=run.config.task.on_bad_row)
 
 
 def train_sft(
     run: Run, progress: Progress, state: TrainState, examples: Sequence[Example]
 ) -> tuple[Progress, TrainState]:
     """The updates from `progress.sft_step` to `sft.steps` on `prepare_examples`; `state` is donated."""
-    config, model, block_size = run.config.sft, run.model, _block_size(run)
+    config, model, layout = run.config.sft, run.model, Layout.of(run.model.config, run.config)
     iterator = PromptIterator(len(examples), run.config.seed)
     if progress.data is not None:
         iterator.restore(progress.data)
@@ -80,10 +75,7 @@ def train_sft(
             run.stop.check()
             update = progress.sft_step + 1
             chosen = [examples[i] for i in iterator.next(config.sequences_per_update)]
-            items = make_items(
-                chosen, config, block_size=block_size, mask_id=model.config.mask_token_id,
-                seed=run.config.seed, update=update,
-            )  # fmt: skip
+            items = make_items(chosen, config, layout, seed=run.config.seed, update=update)
             rows = pack(items, row_length=config.row_length)
             denominator = max(1.0, float(np.sum(rows.target_weight)))
             batches = [{"rows": part} for part in rows.split(rows_per_micro_batch)]
