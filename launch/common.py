@@ -147,8 +147,8 @@ def add_engine_flags(flag: Callable[..., Any]) -> None:
     flag("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and compute")
 
 
-def engine_config(args: argparse.Namespace, **more: Any) -> "EngineConfig":
-    """What the flags of `add_engine_flags` ask for."""
+def engine_config(args: argparse.Namespace, **more: Any) -> Any:
+    """The EngineConfig that the flags of `add_engine_flags` ask for."""
     from tracerl_jax.rollout.options import EngineConfig
 
     names = ("slots", "commit", "drafts", "cache", "horizon", "refresh")

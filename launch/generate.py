@@ -14,7 +14,8 @@ is put into the tokenizer's chat template as a user message.
 
 Rows of the file: `prompt` (text) or `prompt_ids` (taken as they are), and any of the decoding fields below, which
 override the flags: strategy, score, threshold, entropy_bound, denoising_steps, block_size, max_tokens, temperature,
-top_k, top_p, seed, ignore_eos, confidence, first_token, pad_penalty, stop_ids. A field that looks like one of them misspelt is refused.
+top_k, top_p, seed, ignore_eos, confidence, first_token, pad_penalty, stop_ids. A field that looks like one of them
+misspelt is refused.
 
 Output rows, in input order: all columns of the input row, its line, ids, text (null when the folder has no tokenizer),
 step_map (denoise step of every token), logprobs, denoise_forwards (denoise steps), forwards (those, less what drafts

@@ -40,6 +40,11 @@ class Trace:
     canvas_len: int = 0  # of a full-attention model: prompt and completion at full length; 0 = block-causal
     forwards: int = 0  # that ran: denoise steps, less those that a draft guessed, and commits; 0 = not known
 
+    @property
+    def replay_block(self) -> int:
+        """Tokens of a replay group: the whole canvas where all of it was visible."""
+        return self.canvas_len or self.block_size
+
     def to_row(self) -> dict:
         """The trace as a JSON-able dict; unknown (NaN) log-probs become null."""
         return {

@@ -189,7 +189,7 @@ def with_old_logprobs(
             return replays, {}
         checked = replays[: learner.samples_per_micro_batch(replays)]
         recomputed = learner.logprobs(learner.policy.params, checked)
-    same_blocks = all(r.item.block_size == r.sample.trace.block_size for r in checked)
+    same_blocks = all(r.item.block_size == r.sample.trace.replay_block for r in checked)
     others = learner.config.method != "tracerl" or learner.config.shrink > 1 or not same_blocks  # states never visited
     if stale or others:
         return replays, {}

@@ -148,9 +148,6 @@ class Batch:
     @staticmethod
     def check(model: ModelConfig, config: EngineConfig) -> None:
         """Raises ConfigError for what such a batch cannot do."""
-        if model.logit_alignment != "same_position":
-            raise ConfigError("a block-causal model with shifted logits cannot be decoded: set logit_alignment to "
-                              "same_position if it was trained so")  # fmt: skip
         if (config.cache, config.horizon, config.refresh) != ("none", None, None):
             raise ConfigError(
                 "cache, horizon and refresh are for full-attention models; a block-causal model always decodes with an "

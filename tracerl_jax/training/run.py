@@ -136,7 +136,17 @@ class Run:
                 )
 
     def _check_decoding(self) -> None:
-        """Raises the UserError that the first request would raise."""
+        """Raises the UserError that the first request would raise, or the first replay of a full-attention model."""
+        config, longest = self.config, max((len(problem.prompt_ids) for problem in self.train_problems), default=0)
+        if self.model.config.attention_mode == "full" and config.rl.steps:
+            if config.rl.block_size is not None:
+                raise ConfigError("rl.block_size is for block-causal models: to full attention everything is one block")
+            canvas = longest + config.rollout.max_tokens
+            if canvas > config.rl.row_length:
+                raise ConfigError(
+                    f"rl.row_length is {config.rl.row_length}, but a full-attention model is trained on whole canvases "
+                    f"of up to {canvas} tokens: raise it, or lower rollout.max_tokens or task.max_prompt_tokens"
+                )
         engine = self.engine(None)
         prompt = [next(i for i in range(self.model.config.vocab_size) if i != self.model.config.mask_token_id)]
         ways = {"rollout": rollout_options(self.config, seed=0)} if self.config.rl.steps else {}
