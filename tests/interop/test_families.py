@@ -78,6 +78,7 @@ def test_other_vocabularies_keep_their_own_stop_ids():
         ("block_type", "sequential"), ("activation_type", "swiglu"), ("layer_norm_type", "low_precision"),
         ("include_bias", True), ("rope", False), ("alibi", True), ("attention_layer_norm", True),
         ("scale_logits", True), ("multi_query_attention", True), ("embedding_size", 126500),
+        ("rope_full_precision", None),
     ],
 )  # fmt: skip
 def test_unsupported_features_are_named_with_the_file(key, value):

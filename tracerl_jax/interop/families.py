@@ -21,9 +21,10 @@ class Key:
 
     name: str
     default: Any = REQUIRED  # of their configuration class
-    ours: Mapping[Any, Any] | None = None  # their value -> ours, where they differ
+    ours: Mapping[Any, Any] | None = None  # their values -> ours, where they differ
 
     def read(self, value: Any) -> Any:
+        """Ours of their value. Raises KeyError for one that has no meaning to us."""
         return value if self.ours is None else self.ours[value]
 
     def write(self, value: Any) -> Any:

@@ -163,7 +163,11 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
 def _value(config: Mapping[str, Any], key: Key, family: Family, source: str) -> Any:
     value = config.get(key.name, key.default)
     if value is not REQUIRED:
-        return key.read(value)
+        try:
+            return key.read(value)
+        except KeyError:
+            known = " or ".join(map(repr, key.ours))
+            raise CheckpointError(f"{source}: {key.name} = {value!r} is not supported: only {known}") from None
     if key.name == "rope_theta" and "rope_theta" in _rope(config):
         return _rope(config)["rope_theta"]
     others = others_with_keys(config, family)
