@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tracerl_jax.errors import ConfigError, DataError
 from tracerl_jax.models.config import ModelConfig
 from tracerl_jax.rollout import canvas
-from tracerl_jax.rollout.batch import Batch, Entry, length_bucket
+from tracerl_jax.rollout.batch import FREE_TOKENS, Batch, Entry, length_bucket
 from tracerl_jax.rollout.options import EngineConfig
 
 # A full forward of a few slots takes so many times the tokens from which on every token costs.
@@ -72,7 +72,7 @@ class CanvasBatch(Batch):
 
     def _program(self) -> canvas.Program:
         config, shape = self.config, self.shape
-        gathered = -(-GATHERED_TOKENS * self._free_tokens // shape.length)
+        gathered = -(-GATHERED_TOKENS * FREE_TOKENS[self._platform] // shape.length)
         return canvas.Program(self.model, shape.block_size, self._needs, config.cache, shape.window, config.refresh,
                               min(gathered, shape.slots // self._shards))  # fmt: skip
 
