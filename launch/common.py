@@ -160,20 +160,32 @@ def command_again(command: str, args: argparse.Namespace, **changes: Any) -> str
 
 def add_engine_flags(flag: Callable[..., Any]) -> None:
     """What all commands that decode let choose of the engine; `flag` is `add_argument` of a parser or a group."""
-    from tracerl_jax.rollout.options import COMMITS
+    from tracerl_jax.rollout.options import CACHES, COMMITS
 
     flag("--slots", type=int, default=64, help="sequences decoded together (default: %(default)s)")
     flag("--commit", choices=COMMITS, default="auto", help="of finished blocks (default: %(default)s)")
     flag("--drafts", type=int, default=1, help="steps guessed and verified by a forward (default: %(default)s)")
+    flag("--cache", choices=CACHES, default="none", help="of full-attention models (default: %(default)s, exact)")
+    flag("--horizon", type=int, help="tokens that a step with a cache computes, from its block on (default: all)")
+    flag("--refresh", type=int, help="steps until a block's cache is made anew (default: at its start only)")
     flag("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and compute")
+
+
+def engine_config(args: argparse.Namespace, **more: Any) -> Any:
+    """The EngineConfig that the flags of `add_engine_flags` ask for."""
+    from tracerl_jax.rollout.options import EngineConfig
+
+    names = ("slots", "commit", "drafts", "cache", "horizon", "refresh")
+    return EngineConfig(**{name: getattr(args, name) for name in names} | more)
 
 
 def add_decoding_flags(flag: Callable[..., Any]) -> None:
     """Fields of SamplingOptions, whose defaults the caller sets."""
-    from tracerl_jax.diffusion.reveal import STRATEGIES
+    from tracerl_jax.diffusion.reveal import SCORES, STRATEGIES
 
     flag("--strategy", help=f"{', '.join(STRATEGIES)} (default: %(default)s)")
-    flag("--threshold", type=float, help="dynamic: reveal what is more confident (default: %(default)s)")
+    flag("--score", help=f"to rank and compare by: {', '.join(SCORES)} (default: %(default)s)")
+    flag("--threshold", type=float, help="dynamic: reveal what scores higher (default: %(default)s)")
     flag("--entropy_bound", type=float, help="entropy_bounded: nats per step (default: %(default)s)")
     flag("--denoising_steps", type=int, help="per block (default: the block size)")
     flag("--block_size", type=int, help="default: the model's")

@@ -68,9 +68,9 @@ def run(args: argparse.Namespace) -> int:
     from tracerl_jax.evals.manifest import make_manifest
     from tracerl_jax.evals.runner import evaluate, protocol, samples_of
     from tracerl_jax.interop.tokenizer import decode
+    from tracerl_jax.launch.common import engine_config
     from tracerl_jax.rewards import start_rewards
     from tracerl_jax.rollout.folder import load_weights, open_engine
-    from tracerl_jax.rollout.options import EngineConfig
 
     _require_positive(args, "max_tokens", "max_prompt_tokens", "slots")
     samples = _per_task(args, "samples", 1, _positive)
@@ -84,8 +84,7 @@ def run(args: argparse.Namespace) -> int:
     tasks = _load_tasks(args)
     start_rewards({name for task in tasks.values() for name in (task.accuracy_reward, *task.rewards)})
     # All requests are checked before the weights are read, which may take minutes.
-    config = EngineConfig(args.slots, commit=args.commit, drafts=args.drafts)
-    engine, tokenizer = open_engine(args.model, config, args.dtype)
+    engine, tokenizer = open_engine(args.model, engine_config(args), args.dtype)
     if tokenizer is None:
         raise ConfigError(f"{args.model}: has no tokenizer, which evaluation needs; put its files into the folder")
     problems = {name: _problems(args, task, engine, tokenizer, strategies.values()) for name, task in tasks.items()}

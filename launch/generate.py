@@ -13,8 +13,9 @@ HELP = """Complete a prompt, shown block by block as it is decoded, or the promp
 is put into the tokenizer's chat template as a user message.
 
 Rows of the file: `prompt` (text) or `prompt_ids` (taken as they are), and any of the decoding fields below, which
-override the flags: strategy, threshold, entropy_bound, denoising_steps, block_size, max_tokens, temperature, top_k,
-top_p, seed, ignore_eos, confidence, stop_ids. A field that looks like one of them misspelt is refused.
+override the flags: strategy, score, threshold, entropy_bound, denoising_steps, block_size, max_tokens, temperature,
+top_k, top_p, seed, ignore_eos, confidence, first_token, pad_penalty, stop_ids. A field that looks like one of them
+misspelt is refused.
 
 Output rows, in input order: all columns of the input row, its line, ids, text (null when the folder has no tokenizer),
 step_map (denoise step of every token), logprobs, denoise_forwards (denoise steps), forwards (those, less what drafts
@@ -33,8 +34,9 @@ STREAM_FORWARDS = 4  # until the terminal shows what is new
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from tracerl_jax.diffusion.sampling import CONFIDENCES
     from tracerl_jax.launch.common import add_decoding_flags, add_engine_flags
-    from tracerl_jax.rollout.options import CONFIDENCES, SamplingOptions
+    from tracerl_jax.rollout.options import SamplingOptions
 
     flag = parser.add_argument
     flag("--model", required=True, metavar="DIR", help="Hugging Face folder")
@@ -52,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_decoding_flags(flag)
     flag("--seed", type=int, help="default: %(default)s")
     flag("--ignore_eos", action="store_true", help="do not stop at the model's stop ids")
-    flag("--confidence", help=f"{' or '.join(CONFIDENCES)}, the reference's rule (default: %(default)s)")
+    flag("--confidence", help=f"what scores come from: {', '.join(CONFIDENCES)} (default: %(default)s)")
+    flag("--first_token", action="store_true", help="reveal a block's first token first, alone (Dream's sampler)")
+    flag("--pad_penalty", type=float, help="how many times worse pad tokens count (default: %(default)s)")
     flag("--stop_ids", type=int, nargs="+", metavar="ID", help="stop at these too")
     parser.set_defaults(**dataclasses.asdict(SamplingOptions()))
 
@@ -107,10 +111,10 @@ def _check_flags(args: argparse.Namespace) -> None:
 def _engine(args: argparse.Namespace):
     """(engine without weights, tokenizer or None)."""
     from tracerl_jax.errors import ConfigError
+    from tracerl_jax.launch.common import engine_config
     from tracerl_jax.rollout.folder import open_engine
-    from tracerl_jax.rollout.options import EngineConfig
 
-    config = EngineConfig(args.slots, commit=args.commit, drafts=args.drafts)
+    config = engine_config(args)
     if args.prompt is not None:
         slots = min(args.slots, args.num_samples)
         config = dataclasses.replace(config, slots=slots, forwards_per_chunk=STREAM_FORWARDS)

@@ -73,10 +73,10 @@ def run(args: argparse.Namespace) -> int:
     from tracerl_jax.interop.hf_config import read_model_config
     from tracerl_jax.interop.hf_load import load_hf
     from tracerl_jax.interop.tokenizer import load_tokenizer, valid_vocab
-    from tracerl_jax.launch.common import describe_memory
+    from tracerl_jax.launch.common import describe_memory, engine_config
     from tracerl_jax.models import Model
     from tracerl_jax.parallel.mesh import make_mesh
-    from tracerl_jax.rollout.engine import Engine, EngineConfig
+    from tracerl_jax.rollout.engine import Engine
 
     try:
         from tracerl_jax.serve.app import Server
@@ -89,10 +89,9 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"{args.model}: has no tokenizer, which serving needs; put its files into the folder")
     model = Model(read_model_config(args.model, dtype=args.dtype, param_dtype=args.dtype), mesh=make_mesh())
     config = _config(args, model.config)  # names a bad flag, as what follows does, before the weights are read
-    engine = Engine(model, None, EngineConfig(
-        slots=args.slots, max_length=config.max_length, commit=args.commit, drafts=args.drafts,
-        forwards_per_chunk=args.forwards_per_chunk, page_size=args.page_size, pages=args.pages,
-        kv_dtype=args.kv_dtype, valid_vocab=valid_vocab(tokenizer, model.config.vocab_size),
+    engine = Engine(model, None, engine_config(
+        args, max_length=config.max_length, forwards_per_chunk=args.forwards_per_chunk, page_size=args.page_size,
+        pages=args.pages, kv_dtype=args.kv_dtype, valid_vocab=valid_vocab(tokenizer, model.config.vocab_size),
     ))  # fmt: skip
     bound = bind(args.host, args.port)
     logger.info(

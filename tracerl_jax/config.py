@@ -151,11 +151,16 @@ class RolloutSection:
     tensor: int | None = _doc(None, "devices that share one copy of the weights in decoding, default: mesh.tensor")
     commit: Literal["auto", "separate", "fused"] = _doc("auto", "commit a block by a forward of its own or by the next")
     drafts: int = _doc(1, "denoise steps that a forward with fused commit guesses and verifies; changes no result")
+    cache: Literal["none", "prefix", "dual"] = _doc("none", "cache of a full-attention model (none is exact)")
+    horizon: int | None = _doc(None, "tokens that a step with such a cache computes, from its block on; default: all")
+    refresh: int | None = _doc(None, "denoise steps until a block's cache is made anew, default: at its start only")
     kv_dtype: Literal["compute", "int8"] = _doc("compute", "dtype of the key/value cache")
     block_size: int | None = _doc(None, "block size, default: the model's")
     denoising_steps: int | None = _doc(None, "schedule length S, default: the block size")
-    strategy: str = _doc("dynamic", "reveal strategy: static, dynamic, sequential, entropy_bounded")
-    threshold: float = _doc(0.9, "confidence above which `dynamic` reveals")
+    strategy: str = _doc("dynamic", "reveal strategy: static, dynamic, sequential, entropy_bounded, linspace")
+    score: str = _doc("confidence", "what proposals are ranked by: confidence, margin, entropy, uncertainty")
+    first_token: bool = _doc(False, "reveal the first token of a block first, alone, as Dream's sampler does")
+    threshold: float = _doc(0.9, "score above which `dynamic` reveals")
     entropy_bound: float = _doc(0.35, "bound of `entropy_bounded`")
     max_tokens: int = _doc(256, "completion limit")
     block_size_schedule: dict[str, int] = _doc({}, "RL step -> block size from that step on: {1: 4, 100: 8}")
@@ -168,7 +173,16 @@ class RolloutSection:
     def __post_init__(self):
         _require_positive(
             self, "rollout", "prompts_per_step", "samples_per_prompt", "slots_per_device", "tensor", "drafts",
-            "max_tokens",
+            "max_tokens", "horizon", "refresh",
+        )  # fmt: skip
+        for name in ("horizon", "refresh"):
+            _require(
+                self.cache != "none" or getattr(self, name) is None,
+                f"rollout.{name} is {getattr(self, name)}, but rollout.cache is 'none': set it to prefix or dual",
+            )
+        _require(
+            self.horizon is None or self.block_size is None or self.horizon >= self.block_size,
+            f"rollout.horizon is {self.horizon}, smaller than rollout.block_size {self.block_size}: raise it",
         )
         for name in ("block_size_schedule", "max_tokens_schedule"):
             for step, value in getattr(self, name).items():

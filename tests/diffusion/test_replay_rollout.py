@@ -4,9 +4,11 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tracerl_jax.errors import DataError
 from tracerl_jax.models import Model, ModelConfig
 from tracerl_jax.rl.logprobs import score_traces
 from tracerl_jax.rollout.engine import Engine, EngineConfig, Request, SamplingOptions
@@ -17,6 +19,14 @@ MODEL = Model(
                 mask_token_id=MASK, stop_token_ids=STOPS)
 )  # fmt: skip
 BATCH = 12
+
+
+def sharp_params(model, seed):
+    """Random weights, sharp enough for attention to matter."""
+    params = model.init(jax.random.key(seed))
+    params = jax.tree.map(lambda x: x * 8 if x.ndim > 2 else x, params)
+    params["lm_head"]["kernel"] *= 20
+    return params
 
 
 @st.composite
@@ -42,9 +52,7 @@ def options(draw):
     st.lists(st.integers(1, 13), min_size=BATCH, max_size=BATCH),
 )  # fmt: skip
 def test_replayed_logprobs_are_the_samplers(seed, block_size, options, prompt_lens):
-    params = MODEL.init(jax.random.key(seed))
-    params = jax.tree.map(lambda x: x * 8 if x.ndim > 2 else x, params)  # sharp enough for attention to matter
-    params["lm_head"]["kernel"] *= 20
+    params = sharp_params(MODEL, seed)
     rng = np.random.default_rng(seed)
     requests = [
         Request(rng.integers(0, MASK, p), SamplingOptions(**vars(o) | {"block_size": block_size}), i)
@@ -55,6 +63,34 @@ def test_replayed_logprobs_are_the_samplers(seed, block_size, options, prompt_le
     assert len(traces) == BATCH
     for trace, score in zip(traces, scores, strict=True):
         np.testing.assert_allclose(score, trace.logprobs, atol=1e-4)
+
+
+@settings(max_examples=4, deadline=None)
+@given(
+    st.integers(0, 1000), st.sampled_from(["same_position", "shifted"]), st.booleans(),
+    st.lists(options(), min_size=BATCH, max_size=BATCH), st.lists(st.integers(1, 13), min_size=BATCH, max_size=BATCH),
+)  # fmt: skip
+def test_replayed_logprobs_of_a_whole_canvas(seed, alignment, first_token, options, prompt_lens):
+    """Full attention, no cache: every replay group is the canvas as it was, the MASKs of later blocks included."""
+    model = Model(MODEL.config.replace(attention_mode="full", logit_alignment=alignment, block_size=4))
+    params = sharp_params(model, seed)
+    rng = np.random.default_rng(seed)
+    requests = [
+        Request(rng.integers(0, MASK, p), SamplingOptions(**vars(o) | {"max_tokens": 4 * (o.max_tokens // 4 + 1),
+                                                                       "first_token": first_token}), i)
+        for i, (o, p) in enumerate(zip(options, prompt_lens, strict=True))
+    ]  # fmt: skip
+    traces = list(Engine(model, params, EngineConfig(BATCH)).generate(requests))
+    scores = score_traces(model, params, traces, row_length=256, tokens_per_batch=1024)
+    for trace, score in zip(traces, scores, strict=True):
+        np.testing.assert_allclose(score, trace.logprobs, atol=1e-4)
+
+
+def test_a_trace_of_the_other_attention_is_refused():
+    (trace,) = Engine(MODEL, MODEL.init(jax.random.key(0)), EngineConfig(1)).generate([Request([1])])
+    full = Model(MODEL.config.replace(attention_mode="full"))
+    with pytest.raises(DataError, match=r"canvas_len 0, but the model .* has full attention"):
+        score_traces(full, None, [trace])
 
 
 def test_tails_matter():

@@ -22,6 +22,7 @@ ROW = {
     "denoise_forwards": 4,
     "stop_reason": "stop",
     "sample_index": 2,
+    "canvas_len": 0,
     "forwards": 5,
 }
 

@@ -7,8 +7,6 @@ import pytest
 
 from tracerl_jax import config_io
 from tracerl_jax.config import RunConfig
-from tracerl_jax.errors import ConfigError
-from tracerl_jax.models import PRESETS, Model
 from tracerl_jax.report.metrics import PhaseTimer
 from tracerl_jax.rl import loop
 from tracerl_jax.training.step import UpdateResult
@@ -60,8 +58,3 @@ def test_the_value_model_is_updated_every_nth_step_and_asked_at_every_step(monke
 def test_the_schedules_count_the_updates_of_each_model(every, expected):
     assert loop.policy_updates(config()) == 7 * 6
     assert loop.value_updates(config(train_every=every)) == expected
-
-
-def test_rl_of_full_attention_is_refused_before_anything_runs():
-    with pytest.raises(ConfigError, match=r"no RL yet of models with attention_mode 'full' \(llada\): set rl\.steps=0"):
-        loop.make_learner(Model(PRESETS["llada_demo"]), config())

@@ -257,9 +257,7 @@ def test_bad_prompts(prompt, message):
         make_engine().generate([Request(PROMPT), Request(prompt)])
 
 
-@pytest.mark.parametrize(
-    "change", [{"mask_token_id": None}, {"attention_mode": "full"}, {"logit_alignment": "shifted"}]
-)
+@pytest.mark.parametrize("change", [{"mask_token_id": None}, {"attention_mode": "causal"}])
 def test_models_that_cannot_be_decoded(change):
     with pytest.raises(ConfigError):
         make_engine(model=Model(CONFIG.replace(**change)))

@@ -19,8 +19,10 @@ class Trace:
                                the completion is cut after the first stop id or at max_tokens
 
     The tail is no part of the completion, but its tokens were visible while the rest of their block was denoised, so
-    replay needs them. `step_map` numbers are 1-based denoise forwards counted over the whole sequence; prefill and
-    commit forwards are not counted. A trace that was not made by our sampler may lack log-probs (NaN) and tail (empty).
+    replay needs them. A full-attention model has also seen the MASKs of the blocks to come, up to `canvas_len`, and its
+    blocks begin behind the prompt: there r + tail is a multiple of B. `step_map` numbers are 1-based denoise forwards
+    counted over the whole sequence; prefill and commit forwards are not counted. A trace that was not made by our
+    sampler may lack log-probs (NaN) and tail (empty).
     """
 
     prompt_ids: np.ndarray  # [p] int32
@@ -35,7 +37,13 @@ class Trace:
     denoise_forwards: int
     stop_reason: str  # one of STOP_REASONS
     sample_index: int = 0
+    canvas_len: int = 0  # of a full-attention model: prompt and completion at full length; 0 = block-causal
     forwards: int = 0  # that ran: denoise steps, less those that a draft guessed, and commits; 0 = not known
+
+    @property
+    def replay_block(self) -> int:
+        """Tokens of a replay group: the whole canvas where all of it was visible."""
+        return self.canvas_len or self.block_size
 
     def to_row(self) -> dict:
         """The trace as a JSON-able dict; unknown (NaN) log-probs become null."""
@@ -52,6 +60,7 @@ class Trace:
             "denoise_forwards": self.denoise_forwards,
             "stop_reason": self.stop_reason,
             "sample_index": self.sample_index,
+            "canvas_len": self.canvas_len,
             "forwards": self.forwards,
         }
 
@@ -60,7 +69,7 @@ class Trace:
         """Read a dict such as `to_row` makes; keys it does not know are ignored.
 
         Needed: prompt_ids, ids, step_map, block_size. Missing others: log-probs NaN, empty tail, temperature 1,
-        denoise_forwards = the last step, stop_reason "length", sample_index 0, forwards 0.
+        denoise_forwards = the last step, stop_reason "length", sample_index 0, canvas_len 0, forwards 0.
         Raises DataError naming `where` (say "in.jsonl:3") and the field.
         """
         prompt_ids = _ints(row, "prompt_ids", where, minimum=0)
@@ -69,12 +78,17 @@ class Trace:
         tail_ids = _ints(row, "tail_ids", where, minimum=0, default=[])
         tail_step_map = _ints(row, "tail_step_map", where, minimum=1, default=[], length=("tail_ids", len(tail_ids)))
         block_size = _int(row, "block_size", where, minimum=1)
-        canvas = len(prompt_ids) + len(ids) + len(tail_ids)
-        if len(tail_ids) >= block_size or (len(tail_ids) and canvas % block_size):
+        canvas_len = _int(row, "canvas_len", where, minimum=0, default=0)
+        end = len(prompt_ids) + len(ids) + len(tail_ids)
+        on_grid = end - len(prompt_ids) if canvas_len else end
+        if len(tail_ids) >= block_size or (len(tail_ids) and on_grid % block_size):
             raise DataError(
                 f"{where}: field 'tail_ids' holds {len(tail_ids)} ids but must end the last block of {block_size}: "
-                f"prompt_ids ({len(prompt_ids)}) + ids ({len(ids)}) + tail_ids must be a multiple of block_size"
+                f"{'' if canvas_len else f'prompt_ids ({len(prompt_ids)}) + '}ids ({len(ids)}) + tail_ids must be a "
+                "multiple of block_size"
             )
+        if canvas_len and canvas_len < end:
+            raise DataError(f"{where}: field 'canvas_len' is {canvas_len}, but {end} ids are given; it must hold them")
         last_step = max([0, *step_map.tolist(), *tail_step_map.tolist()])
         stop_reason = row.get("stop_reason", "length")
         if stop_reason not in STOP_REASONS:
@@ -92,6 +106,7 @@ class Trace:
             denoise_forwards=_int(row, "denoise_forwards", where, minimum=last_step, default=last_step),
             stop_reason=stop_reason,
             sample_index=_int(row, "sample_index", where, minimum=0, default=0),
+            canvas_len=canvas_len,
             forwards=_int(row, "forwards", where, minimum=0, default=0),
         )
 

@@ -29,9 +29,9 @@ from tracerl_jax.rewards.scorer import row_length, rows_of_batch, score_rows
 from tracerl_jax.rl.experience import Sample
 from tracerl_jax.rl.loop import make_learner
 from tracerl_jax.rl.update import Learner, Replay, plan_replays
-from tracerl_jax.rollout.engine import Engine, EngineConfig, Request
+from tracerl_jax.rollout.engine import Engine, Request
 from tracerl_jax.rollout.weights import abstract_rollout_params, convert, needs_copy, rollout_model, snapshot
-from tracerl_jax.training.run import rollout_options
+from tracerl_jax.training.run import engine_config, rollout_options
 from tracerl_jax.training.step import sharded_abstract_params
 
 log = logging.getLogger(__name__)
@@ -141,9 +141,9 @@ def _rollout_programs(
     # The vocabulary is the model's: only a tokenizer would know of padding at its end.
     engine = Engine(
         model, abstract_rollout_params(model),
-        EngineConfig(slots, commit=section.commit, drafts=section.drafts, kv_dtype=section.kv_dtype),
-    )  # fmt: skip
-    options = rollout_options(config.rollout, seed=0)
+        engine_config(section, slots),
+    )
+    options = rollout_options(section, seed=0)
     requests = [
         Request(_prompt(i // section.samples_per_prompt, config, model.config), options, sample_index=i)
         for i in range(samples)

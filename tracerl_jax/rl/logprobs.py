@@ -10,7 +10,7 @@ import numpy as np
 from tracerl_jax.diffusion.packing import PackedRows, pack
 from tracerl_jax.diffusion.replay import ReplayItem, trace_item
 from tracerl_jax.diffusion.trace import Trace
-from tracerl_jax.errors import ConfigError
+from tracerl_jax.errors import ConfigError, DataError
 from tracerl_jax.kernels.logprob.api import token_logprobs
 from tracerl_jax.models.decoder import Model, Params
 from tracerl_jax.parallel.sharding import row_shards
@@ -55,19 +55,21 @@ def score_traces(
 
     For the weights that made the traces this is `Trace.logprobs` up to rounding. Traces may differ in block size.
     `tokens_per_batch`: tokens of one forward on each device, at least one row. Raises DataError for a trace that is
-    longer than the longest row, ConfigError for a model without mask token.
+    longer than the longest row or of the other kind of attention, ConfigError for a model without mask token.
     """
     mask_id = model.config.mask_token_id
     if mask_id is None:
         raise ConfigError("the model has no mask_token_id, so traces cannot be replayed; add it to its config.json")
-    if model.config.attention_mode != "block_causal":
-        raise ConfigError(
-            f"traces of a model with attention_mode {model.config.attention_mode!r} ({model.config.family}) cannot be "
-            "scored: their replay needs the canvas they were decoded on, which a trace does not record"
-        )
+    full = model.config.attention_mode == "full"
+    for i, trace in enumerate(traces):
+        if full != bool(trace.canvas_len):
+            raise DataError(
+                f"trace {i} has canvas_len {trace.canvas_len}, but the model ({model.config.family}) has "
+                f"{'full' if full else 'block-causal'} attention: score it with a model of the kind that made it"
+            )
     items = [
         trace_item(
-            t.prompt_ids, t.ids, t.step_map, block_size=t.block_size, mask_id=mask_id,
+            t.prompt_ids, t.ids, t.step_map, block_size=t.replay_block, mask_id=mask_id,
             tail_ids=t.tail_ids, tail_step_map=t.tail_step_map,
         )
         for t in traces

@@ -9,7 +9,6 @@ import numpy as np
 
 from tracerl_jax.config import RunConfig
 from tracerl_jax.data.curriculum import open_iterator
-from tracerl_jax.errors import ConfigError
 from tracerl_jax.models import Model
 from tracerl_jax.report.metrics import MetricLog, PhaseTimer, merge
 from tracerl_jax.report.samples import sample_row
@@ -29,13 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def make_learner(model: Model, config: RunConfig) -> Learner:
-    """The learner of a run with this config, and of its plan. Raises ConfigError for RL of a model that sees its whole
-    canvas: replay by blocks would score other states than it decoded."""
-    if config.rl.steps and model.config.attention_mode != "block_causal":
-        raise ConfigError(
-            f"rl.steps is {config.rl.steps}, but there is no RL yet of models with attention_mode "
-            f"{model.config.attention_mode!r} ({model.config.family}): set rl.steps=0 (supervised training only)"
-        )
+    """The learner of a run with this config, and of its plan."""
     return Learner(
         model,
         dataclasses.replace(
@@ -196,7 +189,7 @@ def with_old_logprobs(
             return replays, {}
         checked = replays[: learner.samples_per_micro_batch(replays)]
         recomputed = learner.logprobs(learner.policy.params, checked)
-    same_blocks = all(r.item.block_size == r.sample.trace.block_size for r in checked)
+    same_blocks = all(r.item.block_size == r.sample.trace.replay_block for r in checked)
     others = learner.config.method != "tracerl" or learner.config.shrink > 1 or not same_blocks  # states never visited
     if stale or others:
         return replays, {}

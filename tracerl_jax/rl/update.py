@@ -53,7 +53,7 @@ def plan_replays(
     """One list of replays per optimizer update: `epochs` passes in a new order each, cut into `minibatches`.
 
     Samples are never split between updates; `coupled` puts a masked response and its complement into the same update.
-    An update whose random masks hide nothing is left out.
+    An update whose random masks hide nothing is left out. `block_size`: of the objective, for block-causal models.
     """
     updates = []
     for epoch in range(config.epochs):
@@ -73,6 +73,8 @@ def _items(
     sample: Sample, config: RLSection, mask_id: int, block_size: int, counters: tuple[int, ...]
 ) -> list[ReplayItem]:
     trace = sample.trace
+    if trace.canvas_len:  # of a full-attention model, to which everything is one block
+        block_size = trace.canvas_len
     if config.method == "tracerl":
         return [
             trace_item(

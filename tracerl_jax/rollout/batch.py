@@ -4,7 +4,7 @@ import dataclasses
 import math
 import operator
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,16 +14,21 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tracerl_jax.diffusion.grid import block_of, block_start, round_up
-from tracerl_jax.diffusion.reveal import ENTROPY_BOUNDED, strategy_code
+from tracerl_jax.diffusion.reveal import ENTROPY_BOUNDED, SCORES, schedule, strategy_code
+from tracerl_jax.diffusion.sampling import CONFIDENCES
 from tracerl_jax.diffusion.trace import Trace
+from tracerl_jax.errors import ConfigError
+from tracerl_jax.kernels.decode import KVCache
 from tracerl_jax.kernels.dispatch import target_platform
+from tracerl_jax.models.config import ModelConfig
 from tracerl_jax.models.decoder import Model
 from tracerl_jax.parallel.order import in_order
 from tracerl_jax.parallel.sharding import batch_sharding, row_shards
 from tracerl_jax.rollout.cache import cache_shapes, copy_pages, prefill
-from tracerl_jax.rollout.decode import Program, Rows, State, decode, refill
+from tracerl_jax.rollout.decode import Program, State, decode, refill
 from tracerl_jax.rollout.options import EngineConfig, SamplingOptions
 from tracerl_jax.rollout.pages import Allocation, PagePool, PromptPages, prompt_pages
+from tracerl_jax.rollout.slots import Needs, Rows
 
 SHORTEST = 32  # tokens of the smallest length bucket
 STOP_IDS_STEP = 16  # columns by which the table of stop ids grows
@@ -48,6 +53,7 @@ class Entry:
     block_size: int
     stop_ids: tuple[int, ...]
     sample_index: int
+    full: bool = False  # of a full-attention model: blocks begin behind the prompt, of which none is encoded beforehand
     number: int = -1  # of the engine
     prompt_pages: PromptPages | None = None
     pages: Allocation | None = None
@@ -59,33 +65,28 @@ class Entry:
     @property
     def end(self) -> int:
         """End of the last block it can reach."""
-        return round_up(self.limit, self.block_size)
+        return self.limit if self.full else round_up(self.limit, self.block_size)
 
     @property
     def encoded(self) -> int:
         """End of the prompt's complete blocks."""
-        return block_start(block_of(len(self.prompt_ids), self.block_size), self.block_size)
+        return 0 if self.full else block_start(block_of(len(self.prompt_ids), self.block_size), self.block_size)
 
     @property
-    def needs(self) -> "Needs":
+    def needs(self) -> Needs:
         options, samples = self.options, self.options.temperature > 0
+        truncates = options.top_k > 0 or options.top_p < 1
         return Needs(
-            samples, samples and (options.top_k > 0 or options.top_p < 1),
-            strategy_code(options.strategy) == ENTROPY_BOUNDED,
-        )  # fmt: skip
+            noise=samples,
+            filters=options.confidence == "untempered"
+            or (truncates and (samples or options.confidence == "truncated")),
+            entropy=strategy_code(options.strategy) == ENTROPY_BOUNDED or options.score in ("entropy", "uncertainty"),
+            margin=options.score == "margin",
+        )
 
 
-class Needs(NamedTuple):
-    """What the decoding program must be able to do, see `Program`."""
-
-    noise: bool = False
-    filters: bool = False
-    entropy: bool = False
-
-    @classmethod
-    def of(cls, entries: Iterable[Entry]) -> "Needs":
-        """Of all of these together."""
-        return cls(*map(any, zip(cls(), *(entry.needs for entry in entries), strict=True)))
+def _needs_of(entries: Iterable[Entry]) -> Needs:
+    return Needs(*map(any, zip(Needs(), *(entry.needs for entry in entries), strict=True)))
 
 
 class Blocks(NamedTuple):
@@ -105,6 +106,7 @@ class Shape:
     block_size: int
     page_size: int
     stop_ids: int
+    window: int  # of a forward with a cache of a full-attention model; 0: none
 
     @property
     def width(self) -> int:
@@ -113,8 +115,9 @@ class Shape:
 
 
 def batch_for(
-    model: Model, config: EngineConfig, banned: np.ndarray, waiting: deque[Entry], present: "Batch | None"
-) -> "Batch":
+    kind: type["Batch"], model: Model, config: EngineConfig, banned: np.ndarray, waiting: deque[Entry],
+    present: "Batch | None",
+) -> "Batch":  # fmt: skip
     """A batch for the oldest waiting request and those of its block size: the present one if it fits."""
     first = waiting[0] if waiting else None
     block_size = model.config.block_size if first is None else first.block_size
@@ -124,21 +127,44 @@ def batch_for(
     if config.max_length is not None:
         length, slots = round_up(config.max_length, page_size), config.slots
     else:
-        length = round_up(_length_bucket(longest), block_size)
+        length = round_up(length_bucket(longest), block_size)
         page_size = min(page_size, length)
         length, slots = round_up(length, page_size), _fraction_bucket(len(same), config.slots, 4)
     shards = row_shards(model.mesh)
     stop_ids = round_up(max([1, *(len(entry.stop_ids) for entry in same)]), STOP_IDS_STEP)
     if present is not None:
         stop_ids = max(stop_ids, present.shape.stop_ids)
-    shape = Shape(round_up(slots, shards), length, block_size, page_size, stop_ids)
+    window = kind.window(config, same, length)
+    if present is not None:
+        window = max(window, present.shape.window)
+    shape = Shape(round_up(slots, shards), length, block_size, page_size, stop_ids, window)
     if present is not None and present.shape == shape:
         return present
-    return Batch(model, config, banned, shape)
+    return kind(model, config, banned, shape)
 
 
 class Batch:
     """N slots of one shape. The requests in it have one block size."""
+
+    run = staticmethod(decode)  # the program that moves them on
+
+    @staticmethod
+    def check(model: ModelConfig, config: EngineConfig) -> None:
+        """Raises ConfigError for what such a batch cannot do."""
+        if (config.cache, config.horizon, config.refresh) != ("none", None, None):
+            raise ConfigError(
+                "cache, horizon and refresh are for full-attention models; a block-causal model always decodes with an "
+                "exact cache: leave them out"
+            )
+
+    @staticmethod
+    def check_entry(entry: Entry, model: ModelConfig, config: EngineConfig, where: str) -> None:
+        """Raises a UserError for a request that such a batch cannot take."""
+
+    @staticmethod
+    def window(config: EngineConfig, entries: Sequence[Entry], length: int) -> int:
+        """`Shape.window` for these requests in slots of this length."""
+        return 0
 
     def __init__(self, model: Model, config: EngineConfig, banned: np.ndarray, shape: Shape):
         self.model, self.config, self.shape = model, config, shape
@@ -179,7 +205,7 @@ class Batch:
     def admit(self, params: dict, waiting: deque[Entry]) -> None:
         """Give free slots to the oldest waiting requests, as far as slots and pages go."""
         if not self.running:  # programs change between streams of requests, not within one
-            self._needs = Needs.of(entry for entry in waiting if self.fits(entry))
+            self._needs = _needs_of(entry for entry in waiting if self.fits(entry))
         fresh, free = [], self._free_slots()
         while waiting and self.fits(waiting[0]):
             n = self._place_for(waiting[0], free)
@@ -201,11 +227,11 @@ class Batch:
             self._table[n, : len(entry.pages.pages)] = entry.pages.pages
         self._device_rows = self._put(self._rows)
         is_fresh = np.isin(np.arange(self.shape.slots), fresh)
-        self._state = refill(
-            self._state, self._device_rows, *self._put((is_fresh, self._stopped, canvas, self._table)),
-            np.int32(self.shape.block_size),
-        )  # fmt: skip
+        self._state = self._refill(is_fresh, self._stopped, canvas, self._table)
         self._stopped[:] = False
+
+    def _refill(self, *operands: np.ndarray) -> State:
+        return refill(self._state, self._device_rows, *self._put(operands), np.int32(self.shape.block_size))
 
     def fits(self, entry: Entry) -> bool:
         shape = self.shape
@@ -275,7 +301,7 @@ class Batch:
         """Operands of a prefill: (prompts, start, stop, prefix_pages, pages)."""
         page, entries = self.shape.page_size, [self.entries[n] for shard in members for n in shard]
         u = next(size for size in PROMPTS_PER_CALL if size >= max(map(len, members)))
-        T = round_up(_length_bucket(max(e.encoded - e.pages.start for e in entries)), page)
+        T = round_up(length_bucket(max(e.encoded - e.pages.start for e in entries)), page)
         T = min(T, self.shape.length)
         W = self.shape.width if any(e.pages.start for e in entries) else 0
         U = self._shards * u
@@ -311,7 +337,7 @@ class Batch:
         N = self.shape.slots
         chosen, enough = self._part(bool(waiting) and self.fits(waiting[0]))
         with in_order(self.model.mesh):
-            self._state = decode(
+            self._state = self.run(
                 self._program(), params, self._banned, self._device_rows, self._state,
                 np.int32(self.config.forwards_per_chunk), np.int32(enough), self._put(chosen),
             )  # fmt: skip
@@ -355,7 +381,7 @@ class Batch:
     def _part_sizes(self) -> list[int]:
         """Slots of a shard that may take part in a forward: all, a half, .. as long as fewer tokens take less time."""
         sizes = [self.shape.slots // self._shards]
-        least = FREE_TOKENS[self._platform] // (self.groups * self.shape.block_size)
+        least = FREE_TOKENS[self._platform] // self._queries
         while len(sizes) <= HALVINGS and sizes[-1] > max(1, least):
             sizes.append(-(-sizes[-1] // 2))
         return sizes
@@ -380,7 +406,12 @@ class Batch:
         return entry
 
     def _program(self) -> Program:
-        return Program(self.model, self.shape.block_size, self.groups, *self._needs)
+        return Program(self.model, self.shape.block_size, self.groups, self._needs)
+
+    @property
+    def _queries(self) -> int:
+        """Tokens of a slot in a forward."""
+        return self.groups * self.shape.block_size
 
     @property
     def groups(self) -> int:
@@ -402,19 +433,21 @@ class Batch:
 
     def abstract_state(self) -> State:
         N, S = self.shape.slots, self.shape.length
-        dtype = self.model.config.dtype if self.config.kv_dtype == "compute" else "int8"
-
-        def spec(dtype: str, *shape: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=self._place)
-
+        spec = self._spec
         return State(
             canvas=spec("int32", N, S), step_map=spec("int32", N, S), logprobs=spec("float32", N, S),
             behaviour_logprobs=spec("float32", N, S), start=spec("int32", N), pending=spec("bool", N),
             drafts=spec("int32", N, self.groups - 1, self.shape.block_size),
             block_step=spec("int32", N), steps=spec("int32", N), forwards=spec("int32", N), done=spec("bool", N),
-            cache=cache_shapes(self.model, N, self._shards * self._pages, self.shape.page_size, self.shape.width,
-                               dtype),
+            cache=self._abstract_cache(),
         )  # fmt: skip
+
+    def _spec(self, dtype: str, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=self._place)
+
+    def _abstract_cache(self) -> KVCache:
+        shape, dtype = self.shape, self.model.config.dtype if self.config.kv_dtype == "compute" else "int8"
+        return cache_shapes(self.model, shape.slots, self._shards * self._pages, shape.page_size, shape.width, dtype)
 
     def _empty_state(self, params: dict) -> State:
         """Every slot done. Bound to its device like what the programs return, or the first call would be compiled for
@@ -440,7 +473,7 @@ class Batch:
             return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=sharding), tree)
 
         state, number = self.abstract_state(), spec(np.int32(0), everywhere)
-        self._needs = Needs.of(waiting)
+        self._needs = _needs_of(waiting)
         fresh, free, programs = [], self._free_slots(), {}
         while waiting and (n := self._place_for(waiting[0], free)) is not None:
             self.entries[n] = waiting.popleft()
@@ -449,11 +482,11 @@ class Batch:
             operands = spec(self._prompts(self._calls(fresh)[0]), self._place)
             programs["prefill"] = prefill.trace(self.model, params, state.cache, *operands, number)
         banned, rows = spec(self._banned, everywhere), spec(self._rows, self._place)
-        programs["decode"] = decode.trace(self._program(), params, banned, rows, state, number, number)
+        programs["decode"] = self.run.trace(self._program(), params, banned, rows, state, number, number)
         return programs
 
 
-def _length_bucket(n: int) -> int:
+def length_bucket(n: int) -> int:
     """The smallest of 32, 48, 64, 96, 128, 192, .. not below n."""
     size = max(SHORTEST, 1 << (max(n, 1) - 1).bit_length())
     return size * 3 // 4 if size > SHORTEST and n <= size * 3 // 4 else size
@@ -471,13 +504,15 @@ _COLUMNS: dict[str, tuple[type, Callable[[Entry], int | float | bool]]] = {
     "prompt_len": (np.int32, lambda e: len(e.prompt_ids)),
     "limit": (np.int32, lambda e: e.limit),
     "strategy": (np.int32, lambda e: strategy_code(e.options.strategy)),
-    "denoising_steps": (np.int32, lambda e: e.options.denoising_steps or e.block_size),
+    "score": (np.int32, lambda e: SCORES.index(e.options.score)),
     "threshold": (np.float32, lambda e: e.options.threshold),
     "entropy_bound": (np.float32, lambda e: e.options.entropy_bound),
+    "first_token": (bool, lambda e: e.options.first_token),
+    "pad_penalty": (np.float32, lambda e: e.options.pad_penalty),
     "temperature": (np.float32, lambda e: e.options.temperature),
     "top_k": (np.int32, lambda e: e.options.top_k),
     "top_p": (np.float32, lambda e: e.options.top_p),
-    "truncated_confidence": (bool, lambda e: e.options.confidence == "truncated"),
+    "confidence": (np.int32, lambda e: CONFIDENCES.index(e.options.confidence)),
     "seed": (np.uint32, lambda e: e.options.seed),
     "prompt_hash": (np.uint32, lambda e: e.prompt_hash),
     "sample_index": (np.uint32, lambda e: e.sample_index),
@@ -487,14 +522,17 @@ _COLUMNS: dict[str, tuple[type, Callable[[Entry], int | float | bool]]] = {
 def _empty_rows(shape: Shape) -> Rows:
     """Host arrays for slots without a request; values that do no harm."""
     columns = {name: np.zeros(shape.slots, dtype) for name, (dtype, _) in _COLUMNS.items()}
-    columns["denoising_steps"][:] = 1
-    columns["top_p"][:] = 1
-    return Rows(stop_ids=np.full((shape.slots, shape.stop_ids), -1, np.int32), **columns)
+    columns["top_p"][:] = columns["pad_penalty"][:] = 1
+    stop_ids = np.full((shape.slots, shape.stop_ids), -1, np.int32)
+    return Rows(stop_ids=stop_ids, schedule=np.ones((shape.slots, shape.block_size), np.int32), **columns)
 
 
 def _set_row(rows: Rows, n: int, entry: Entry) -> None:
     for name, (_, get) in _COLUMNS.items():
         getattr(rows, name)[n] = get(entry)
+    options = entry.options
+    rows.schedule[n] = schedule(options.strategy, entry.block_size, options.denoising_steps or entry.block_size,
+                                options.first_token)  # fmt: skip
     rows.stop_ids[n] = -1
     rows.stop_ids[n, : len(entry.stop_ids)] = entry.stop_ids
 
@@ -520,4 +558,5 @@ def _trace(entry: Entry, canvas, step_map, logprobs, behaviour_logprobs, start, 
         forwards=int(forwards),
         stop_reason="stop" if stops.size else "length",
         sample_index=entry.sample_index,
+        canvas_len=entry.limit if entry.full else 0,
     )

@@ -47,7 +47,7 @@ def prefill(
     block_size: jax.Array,  # [] int32
 ) -> KVCache:
     """Encode prompts from `start` on, block-causally, and write their keys and values to their pages."""
-    (U, T), C = prompts.shape, cache.k.shape[3]
+    T, C = prompts.shape[1], cache.k.shape[3]
     S = prefix_pages.shape[1] * C
     positions = start[:, None] + jnp.arange(T)
     end = jnp.minimum(block_start(block_of(positions, block_size) + 1, block_size), stop[:, None])
@@ -63,8 +63,16 @@ def prefill(
 
     _, kv = model.hidden_and_kv(params, prompts, positions, intervals, prefix if S else None)
 
-    def pages_of(x):  # [L,U,T,K,D] -> [L, U * T/C, C, K, D]
-        return x.reshape(x.shape[0], U * (T // C), C, *x.shape[3:])
+    return write_pages(model, cache, kv, pages)
+
+
+def write_pages(model: Model, cache: KVCache, kv: KV, pages: jax.Array) -> KVCache:
+    """kv [L,U,T,K,D] written to whole `pages` [U, T / C] int32; 0 = nowhere."""
+    C = cache.k.shape[3]
+
+    def pages_of(x):  # -> [L, U * T/C, C, K, D]
+        L, U, T = x.shape[:3]
+        return x.reshape(L, U * (T // C), C, *x.shape[3:])
 
     return _write(model, cache, KV(*map(pages_of, kv)), pages.reshape(-1), jnp.zeros(pages.size, jnp.int32))
 

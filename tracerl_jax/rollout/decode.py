@@ -28,55 +28,29 @@ With a separate commit every forward writes the block's K/V at their place. Only
 later forwards see, so a denoise step's K/V are overwritten by the next one and those of the commit stay.
 """
 
-import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from tracerl_jax.diffusion.grid import block_of, block_start
-from tracerl_jax.diffusion.reveal import choose_reveals, scheduled_count
-from tracerl_jax.diffusion.sampling import Proposal, propose
+from tracerl_jax.diffusion.sampling import Proposal
 from tracerl_jax.kernels.decode import KVCache
 from tracerl_jax.models.decoder import Model
-from tracerl_jax.rollout.cache import ROWS, on_shards, write_blocks
+from tracerl_jax.rollout.cache import write_blocks
+from tracerl_jax.rollout.slots import Needs, Rows, has_stop, propose_groups, reveal, run_forwards
 
 
 @dataclass(frozen=True)
 class Program:
-    """What is compiled in. The flags say which work some slot needs; they never change the result of another."""
+    """What is compiled in."""
 
     model: Model
     block_size: int
     groups: int  # of B tokens in a forward; 1: commit blocks by a forward of their own
-    use_noise: bool  # some slot has temperature > 0
-    use_filters: bool  # some such slot uses top-k or top-p
-    use_entropy: bool  # some slot is entropy_bounded
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Rows:
-    """What every slot was asked for. All arrays are traced, so any values share a program."""
-
-    prompt_len: jax.Array  # [N] int32
-    limit: jax.Array  # [N] int32, prompt_len + max_tokens
-    stop_ids: jax.Array  # [N,W] int32, filled up with -1
-    strategy: jax.Array  # [N] int32, index into reveal.STRATEGIES
-    denoising_steps: jax.Array  # [N] int32
-    threshold: jax.Array  # [N] f32
-    entropy_bound: jax.Array  # [N] f32
-    temperature: jax.Array  # [N] f32, 0 = greedy
-    top_k: jax.Array  # [N] int32, 0 = off
-    top_p: jax.Array  # [N] f32, 1 = off
-    truncated_confidence: jax.Array  # [N] bool
-    seed: jax.Array  # [N] uint32
-    prompt_hash: jax.Array  # [N] uint32
-    sample_index: jax.Array  # [N] uint32
+    needs: Needs
 
 
 @jax.tree_util.register_dataclass
@@ -140,49 +114,9 @@ def decode(
     enough: jax.Array,  # [] int32, slots
     chosen: jax.Array | None = None,  # [n] int32, n <= N
 ) -> State:
-    """Up to `most` forwards, or until `enough` slots are done. Nothing leaves the device meanwhile.
-
-    `chosen`: only these slots take part and are counted; numbered within their shard, as many of each. Keys and values
-    stay where they are: what moves is the slots' place in the batch.
-    """
-    if chosen is not None:
-        take = on_shards(program.model, lambda x, chosen: x[chosen], (ROWS, ROWS), ROWS)
-        put = on_shards(program.model, lambda old, new, chosen: old.at[chosen].set(new), (ROWS,) * 3, ROWS)
-        part = _per_slot(lambda x: take(x, chosen), state)
-        part = decode(program, params, banned, jax.tree.map(lambda x: take(x, chosen), rows), part, most, enough)
-        return _per_slot(lambda old, new: put(old, new, chosen), state, part)
-    keys = _row_keys(rows)
-
-    def going_on(carry):
-        count, state = carry
-        return (count < most) & (jnp.sum(state.done, dtype=jnp.int32) < enough)
-
-    def step(carry):
-        count, state = carry
-        return count + 1, _forward(program, params, banned, rows, keys, state)
-
-    return lax.while_loop(going_on, step, (jnp.int32(0), state))[1]
-
-
-def _row_keys(rows: Rows) -> jax.Array:
-    """[N] keys from (seed, prompt, sample index) alone, whatever PRNG the process has chosen as its default."""
-
-    def row_key(seed, prompt_hash, sample_index):
-        key = jax.random.key(seed, impl="threefry2x32")
-        return jax.random.fold_in(jax.random.fold_in(key, prompt_hash), sample_index)
-
-    return jax.vmap(row_key)(rows.seed, rows.prompt_hash, rows.sample_index)
-
-
-def _per_slot(function: Callable, state: State, *others: State) -> State:
-    """`function` on every array with a row for each slot; the keys and values are those of the last state."""
-    def split(state):  # pages are per slot, keys and values are not
-        return dataclasses.replace(state, cache=state.cache.pages), state.cache
-
-    (first, cache), *rest = map(split, (state, *others))
-    mapped = jax.tree.map(function, first, *(state for state, _ in rest))
-    cache = rest[-1][1] if rest else cache
-    return dataclasses.replace(mapped, cache=cache._replace(pages=mapped.cache))
+    """Up to `most` forwards, or until `enough` slots are done, see `run_forwards`."""
+    forward = partial(_forward, program, params, banned)
+    return run_forwards(forward, program.model, rows, state, most, enough, chosen)
 
 
 class _Step(NamedTuple):
@@ -206,7 +140,7 @@ def _forward(program: Program, params: dict, banned: jax.Array, rows: Rows, keys
 
     hidden, cache = _attend(program, params, state, chain, positions)
     number = state.steps[:, None] + 1 + jnp.arange(G)  # [N,G], of the denoise step from each state
-    propose_for = partial(_propose, program, params, banned, rows, keys)
+    propose_for = partial(propose_groups, program.model, program.needs, params, banned, rows, keys)
     proposals = propose_for(hidden, number, masked)
 
     # From s0 to s1 and on, as long as a draft is what the step before it leads to.
@@ -217,16 +151,15 @@ def _forward(program: Program, params: dict, banned: jax.Array, rows: Rows, keys
     for g in range(G):
         if g:  # a finished block is in the place of the last draft
             holds &= (known.block == chain[:, g]).all(axis=-1) & ~(state.pending & (g == G - 1))
-        revealed = _reveal(program, rows, masked[:, g] & holds[:, None], _of_group(proposals, g), state.block_step + g)
-        known = _record(known, revealed, _of_group(proposals, g), number[:, g])
+        proposal, hidden_now = _of_group(proposals, g), masked[:, g] & holds[:, None]
+        revealed = reveal(program.model, rows, hidden_now, proposal, state.block_step + g)
+        known = _record(known, revealed, proposal, number[:, g])
         taken += revealed.any(axis=-1)
     denoising, block = taken > 0, known.block
     steps, block_step = state.steps + taken, state.block_step + taken
 
     complete = denoising & ~(block == mask_id).any(axis=-1)
-    in_completion = (positions >= rows.prompt_len[:, None]) & (positions < rows.limit[:, None])
-    stops = (block[:, :, None] == rows.stop_ids[:, None, :]).any(axis=-1) & in_completion  # [N,B]
-    last = stops.any(axis=-1) | (state.start + B >= rows.limit)
+    last = has_stop(rows, block, positions) | (state.start + B >= rows.limit)
     # A complete block is left at once where the next forward commits it, and else after a forward of its own.
     left = complete & ~last if fused else active & ~denoising
 
@@ -259,36 +192,8 @@ def _forward(program: Program, params: dict, banned: jax.Array, rows: Rows, keys
     )
 
 
-def _propose(program, params, banned, rows, keys, hidden, number, wanted) -> Proposal:
-    """Proposals [N,g,B] from hidden [N,g,B,E], for the denoise steps `number` [N,g], where `wanted` [N,g,B]."""
-    N, g = number.shape
-
-    def of_groups(x):  # [N,..] -> [N * g,..]
-        return jnp.repeat(x, g, axis=0)
-
-    flat = propose(
-        hidden.reshape(N * g, *hidden.shape[2:]),
-        program.model.head_kernel(params),
-        jax.vmap(jax.random.fold_in)(of_groups(keys), number.reshape(-1)) if program.use_noise else None,
-        banned,
-        *map(of_groups, (rows.temperature, rows.top_k, rows.top_p, rows.truncated_confidence)),
-        wanted.reshape(N * g, -1),
-        use_filters=program.use_filters,
-        use_entropy=program.use_entropy,
-        mesh=program.model.mesh,
-    )
-    return jax.tree.map(lambda x: x.reshape(N, g, -1), flat)
-
-
 def _of_group(proposals: Proposal, g: int) -> Proposal:
     return jax.tree.map(lambda x: x[:, g], proposals)
-
-
-def _reveal(program: Program, rows: Rows, masked: jax.Array, proposal: Proposal, block_step: jax.Array) -> jax.Array:
-    """[N,B] bool, what the denoise step `block_step` of the block reveals of `masked`."""
-    count = scheduled_count(block_step, rows.denoising_steps, program.block_size)
-    return choose_reveals(masked, proposal.confidence, proposal.entropy, rows.strategy, count, rows.threshold,
-                          rows.entropy_bound)  # fmt: skip
 
 
 def _record(known: _Step, revealed: jax.Array, proposal: Proposal, number: jax.Array) -> _Step:
@@ -306,7 +211,7 @@ def _draft(program, rows, propose_for, proposals, hidden, at, block, steps, bloc
     next block has at least one MASK more.
     """
     N, count, mask_id = len(block), program.groups - 1, program.model.config.mask_token_id
-    if program.use_noise:  # the steps to come have their own noise
+    if program.needs.noise:  # the steps to come have their own noise
         last = jnp.take_along_axis(hidden, at[..., None, None], axis=1)  # [N,1,B,E]
         last, wanted = (
             jnp.broadcast_to(x, (N, count, *x.shape[2:])) for x in (last, (block == mask_id)[:, None])
@@ -316,8 +221,8 @@ def _draft(program, rows, propose_for, proposals, hidden, at, block, steps, bloc
         proposals = jax.tree.map(lambda x: jnp.take_along_axis(x, at[..., None], axis=1), proposals)
     drafts = []
     for d in range(count):
-        proposal = _of_group(proposals, d if program.use_noise else 0)
-        revealed = _reveal(program, rows, block == mask_id, proposal, block_step + d)
+        proposal = _of_group(proposals, d if program.needs.noise else 0)
+        revealed = reveal(program.model, rows, block == mask_id, proposal, block_step + d)
         block = jnp.where(revealed, proposal.ids, block)
         drafts.append(block)
     return jnp.stack(drafts, axis=1)

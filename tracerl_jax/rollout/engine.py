@@ -18,6 +18,7 @@ Shapes come from few buckets, so that few programs are compiled:
 Length buckets are 32, 48, 64, 96, 128, 192, .. (powers of two and the middles between them), rounded up to whole pages.
 """
 
+import dataclasses
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -31,9 +32,12 @@ from tracerl_jax.diffusion.trace import Trace
 from tracerl_jax.errors import ConfigError, DataError
 from tracerl_jax.models.decoder import Model
 from tracerl_jax.rollout.batch import Batch, Blocks, Entry, batch_for
+from tracerl_jax.rollout.canvas_batch import CanvasBatch
 from tracerl_jax.rollout.decode import State
 from tracerl_jax.rollout.options import EngineConfig, Request, SamplingOptions
 from tracerl_jax.rollout.weights import rollout_params
+
+BATCHES = {"block_causal": Batch, "full": CanvasBatch}
 
 __all__ = ["Engine", "EngineConfig", "Request", "SamplingOptions"]
 
@@ -50,12 +54,16 @@ class Engine:
             raise ConfigError(
                 "the model has no mask token: set mask_token_id in its config.json to the id it was trained with"
             )
-        if (c.attention_mode, c.logit_alignment) != ("block_causal", "same_position"):
+        if c.attention_mode not in BATCHES:
             raise ConfigError(
-                f"cannot decode block by block: the model has attention_mode {c.attention_mode!r} and "
-                f"logit_alignment {c.logit_alignment!r}; block_causal and same_position are needed"
+                f"cannot decode block by block: the model has attention_mode {c.attention_mode!r}; "
+                f"{' or '.join(BATCHES)} is needed"
             )
         self.model, self.config = model, config or EngineConfig()
+        self._kind = BATCHES[c.attention_mode]
+        self._kind.check(c, self.config)
+        if self._full:  # a prompt's keys depend on what follows it
+            self.config = dataclasses.replace(self.config, prefix_cache=False)
         self.stop_ids = c.stop_token_ids if self.config.stop_ids is None else self.config.stop_ids
         self._banned = banned_ids(c.vocab_size, c.mask_token_id, self.config.valid_vocab)
         self._banned |= banned_ids(c.vocab_size, c.mask_token_id, c.text_vocab_size)
@@ -164,7 +172,7 @@ class Engine:
         present = self._batch
         if present is None or (not present.running and (self._reshape or not present.fits(self._waiting[0]))):
             self._batch = None  # if the new one has another shape: before it makes its cache
-            self._batch = batch_for(self.model, self.config, self._banned, self._waiting, present)
+            self._batch = batch_for(self._kind, self.model, self.config, self._banned, self._waiting, present)
             self._reshape = False
 
     def blocks(self) -> dict[int, Blocks]:
@@ -198,9 +206,13 @@ class Engine:
         """Groups of a block's size in a forward for these requests; 1: their blocks are committed separately."""
         return self._batch_of(self._resolve_all(requests)).groups
 
+    @property
+    def _full(self) -> bool:
+        return self.model.config.attention_mode == "full"
+
     def _batch_of(self, entries: deque[Entry]) -> Batch:
         """The batch that an idle engine would make for these."""
-        return batch_for(self.model, self.config, self._banned, entries, None)
+        return batch_for(self._kind, self.model, self.config, self._banned, entries, None)
 
     def _enqueue(self, entry: Entry) -> int:
         self._reshape = True  # an empty engine takes as many slots, and as long ones, as those that wait need
@@ -233,7 +245,9 @@ class Engine:
                 dict.fromkeys((() if options.ignore_eos else tuple(self.stop_ids)) + (options.stop_ids or ()))
             ),
             sample_index=request.sample_index,
+            full=self._full,
         )
+        self._kind.check_entry(entry, c, self.config, where)
         need = f"{where}: prompt of {len(prompt)} tokens and max_tokens {options.max_tokens} reach position {entry.end}"
         if entry.end > c.max_positions:
             raise DataError(

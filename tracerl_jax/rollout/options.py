@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tracerl_jax.diffusion.reveal import strategy_code
+from tracerl_jax.diffusion.reveal import DYNAMIC, LINSPACE, LONGEST_LINSPACE, SCORES, strategy_code
+from tracerl_jax.diffusion.sampling import CONFIDENCES
 from tracerl_jax.errors import ConfigError
 
-CONFIDENCES = ("policy", "truncated")
 COMMITS = ("auto", "separate", "fused")
+CACHES = ("none", "prefix", "dual")
 KV_DTYPES = ("compute", "int8")
 LARGEST = float(np.finfo(np.float32).max)  # the device counts in float32
 
@@ -22,8 +23,9 @@ class SamplingOptions:
     Raises ConfigError naming the field on construction.
     """
 
-    strategy: str = "dynamic"  # static, dynamic, sequential, entropy_bounded; see diffusion/reveal.py
-    threshold: float = 0.9  # dynamic: reveal what has a higher confidence
+    strategy: str = "dynamic"  # static, dynamic, sequential, entropy_bounded, linspace; see diffusion/reveal.py
+    score: str = "confidence"  # what static, dynamic and linspace rank by: confidence, margin, entropy, uncertainty
+    threshold: float = 0.9  # dynamic: reveal what has a higher score
     entropy_bound: float = 0.35  # entropy_bounded: nats per denoise step
     denoising_steps: int | None = None  # per block, at least 1; None = block_size, that is one token at a time
     block_size: int | None = None  # None = the model's
@@ -33,14 +35,27 @@ class SamplingOptions:
     top_p: float = 1.0  # 1 = off
     seed: int = 0
     ignore_eos: bool = False  # do not stop at the engine's stop ids; `stop_ids` still count
-    confidence: str = "policy"  # "truncated" ranks by the probability after top-k and top-p, as the reference does
+    # What probabilities scores come from: the policy's, those that top-k and top-p leave ("truncated", as in SDAR's and
+    # Dream's reference samplers), or the model's at temperature 1 ("untempered", as in LLaDA's).
+    confidence: str = "policy"
+    first_token: bool = False  # the first step of a block reveals its first position alone, as Dream's sampler does
+    pad_penalty: float = 1.0  # a proposal of the pad token counts so many times worse; 1 = off
     stop_ids: tuple[int, ...] | None = None  # stop at these too
 
     def __post_init__(self) -> None:
         strategy_code(self.strategy)
+        for name, choices in (("score", SCORES), ("confidence", CONFIDENCES)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(choices)}")
+        if strategy_code(self.strategy) == DYNAMIC and self.score in ("entropy", "uncertainty"):
+            raise ConfigError(
+                f"strategy dynamic compares the score with a threshold from 0 to 1, and score is {self.score!r}; use "
+                "confidence or margin, or the strategy entropy_bounded"
+            )
         _check_number(self, "threshold", 0, 1)
         _check_number(self, "entropy_bound", 0, math.inf)
-        _check_int(self, "denoising_steps", 1, 2**31 - 1, optional=True)
+        longest = LONGEST_LINSPACE if strategy_code(self.strategy) == LINSPACE else 2**31 - 1
+        _check_int(self, "denoising_steps", 1, longest, optional=True)
         _check_int(self, "block_size", 1, 2**31 - 1, optional=True)
         _check_int(self, "max_tokens", 1, 2**31 - 1)
         _check_number(self, "temperature", 0, math.inf)
@@ -49,10 +64,10 @@ class SamplingOptions:
         if self.top_p == 0:
             raise ConfigError("top_p is 0; it must be above 0 (1 is off, temperature 0 is greedy)")
         _check_int(self, "seed", 0, 2**32 - 1)
-        if not isinstance(self.ignore_eos, bool):
-            raise ConfigError(f"ignore_eos is {self.ignore_eos!r}; it must be true or false")
-        if self.confidence not in CONFIDENCES:
-            raise ConfigError(f"confidence is {self.confidence!r}; use one of {', '.join(CONFIDENCES)}")
+        for name in ("ignore_eos", "first_token"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false")
+        _check_number(self, "pad_penalty", 1, math.inf)
         if self.stop_ids is not None:
             if not isinstance(self.stop_ids, Sequence) or not all(_is_int(i) and i >= 0 for i in self.stop_ids):
                 raise ConfigError(f"stop_ids is {self.stop_ids!r}; it must be a list of token ids")
@@ -72,9 +87,10 @@ class Request:
 class EngineConfig:
     """Size and manner of an engine. Raises ConfigError naming the field on construction.
 
-    `valid_vocab` and `stop_ids` apart, none of it changes what a request gets, but for the order in which sums are
-    taken, and for `kv_dtype="int8"`: what is encoded behind a cached prefix reads rounded numbers, so a result depends
-    on whether its prefix was cached.
+    `valid_vocab` and `stop_ids` apart, none of it changes what a request to a block-causal model gets, but for the
+    order in which sums are taken, and for `kv_dtype="int8"`: what is encoded behind a cached prefix reads rounded
+    numbers, so a result depends on whether its prefix was cached. For a full-attention model `cache`, `horizon`,
+    `refresh` and `kv_dtype` are part of what is computed: its caches are approximations (rollout/canvas.py).
     """
 
     slots: int = 64  # sequences decoded together
@@ -84,6 +100,9 @@ class EngineConfig:
     forwards_per_chunk: int = 256  # at most, until the host looks again
     page_size: int = 64  # tokens of a cache page, rounded up to whole blocks
     pages: int | None = None  # of the cache, per shard of the slots; None = enough for all slots at full length
+    cache: str = "none"  # of full-attention models: none (exact), prefix or dual; see rollout/canvas.py
+    horizon: int | None = None  # tokens that a step with a cache computes, from its block on; None = all that follow
+    refresh: int | None = None  # denoise steps of a block after which its cache is made anew; None = only at its start
     prefix_cache: bool = True  # keep the pages of prompts for later requests while there is room
     kv_dtype: str = "compute"  # of the cache: "compute" (the model's) or "int8"
     valid_vocab: int | None = None  # ids from here on are never sampled (the tokenizer's size); None = all may be
@@ -92,9 +111,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("slots", "drafts", "forwards_per_chunk", "page_size"):
             _check_int(self, name, 1, 2**31 - 1)
-        for name in ("max_length", "pages", "valid_vocab"):
+        for name in ("max_length", "pages", "valid_vocab", "horizon", "refresh"):
             _check_int(self, name, 1, 2**31 - 1, optional=True)
-        for name, choices in (("commit", COMMITS), ("kv_dtype", KV_DTYPES)):
+        for name, choices in (("commit", COMMITS), ("cache", CACHES), ("kv_dtype", KV_DTYPES)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(choices)}")
 

@@ -42,7 +42,7 @@ from tracerl_jax.report.metrics import MetricLog, open_log
 from tracerl_jax.report.run_dir import METRICS, SAMPLES, RunDir
 from tracerl_jax.report.samples import decode_pieces
 from tracerl_jax.rewards import rewards_of_steps, settings, start_rewards
-from tracerl_jax.rollout.engine import Engine, EngineConfig
+from tracerl_jax.rollout.engine import Engine, EngineConfig, Request
 from tracerl_jax.rollout.options import SamplingOptions
 from tracerl_jax.rollout.weights import rollout_model
 from tracerl_jax.training.checkpoint import Checkpointer
@@ -96,6 +96,7 @@ class Run:
             self.train_problems = self._problems(self.task.train) if config.rl.steps else []
             self.test_problems = self._problems(self.task.test) if self.task.test else []
             self._check_lengths()
+            self._check_decoding()
             # A new run folder is tied to its config only now: what failed above may be mended under the same name.
             self._write_config()
             self.checkpointer = Checkpointer(self.path, config.checkpoint)
@@ -135,6 +136,25 @@ class Run:
                     f"{key} is {limit}: behind the longest prompt ({longest} tokens) a response may reach position "
                     f"{end}, but the model ends at {model.max_positions}; lower it, or task.max_prompt_tokens"
                 )
+
+    def _check_decoding(self) -> None:
+        """Raises the UserError that the first request would raise, or the first replay of a full-attention model."""
+        config, longest = self.config, max((len(problem.prompt_ids) for problem in self.train_problems), default=0)
+        if self.model.config.attention_mode == "full" and config.rl.steps:
+            if config.rl.block_size is not None:
+                raise ConfigError("rl.block_size is for block-causal models: to full attention everything is one block")
+            canvas = longest + config.rollout.longest
+            if canvas > config.rl.row_length:
+                raise ConfigError(
+                    f"rl.row_length is {config.rl.row_length}, but a full-attention model is trained on whole canvases "
+                    f"of up to {canvas} tokens: raise it, or lower rollout.max_tokens or task.max_prompt_tokens"
+                )
+        engine = self.engine(None)
+        prompt = [next(i for i in range(self.model.config.vocab_size) if i != self.model.config.mask_token_id)]
+        stages = config.rollout.stages() if config.rl.steps else []
+        ways = [("rollout", rollout_options(stage, seed=0)) for stage in stages]
+        for key, options in [*ways, *((f"eval ({name})", way) for name, way in self.protocols.items())]:
+            engine.check(Request(prompt, options), key)
 
     def _load_task(self) -> Task:
         section = self.config.task
@@ -260,9 +280,7 @@ class Run:
         section, valid = self.config.rollout, valid_vocab(self.tokenizer, self.model.config.vocab_size)
         model = rollout_model(self.model, section.tensor)
         slots = section.slots_per_device * row_shards(model.mesh)
-        config = EngineConfig(slots, commit=section.commit, drafts=section.drafts, kv_dtype=section.kv_dtype,
-                              valid_vocab=valid)  # fmt: skip
-        return Engine(model, params, config)
+        return Engine(model, params, engine_config(section, slots, valid))
 
     def watch(self, traces: Iterable[Trace]) -> Iterator[Trace]:
         """Passes traces on; raises Interrupted between them when a signal asked to stop."""
@@ -301,10 +319,15 @@ class Run:
         return open_log(self.folder, phase, total_steps=total_steps, first_step=first_step, writers=writers)
 
 
+def engine_config(section: RolloutSection, slots: int, valid_vocab: int | None = None) -> EngineConfig:
+    names = ("commit", "drafts", "cache", "horizon", "refresh", "kv_dtype")
+    return EngineConfig(slots, valid_vocab=valid_vocab, **{name: getattr(section, name) for name in names})
+
+
 def rollout_options(section: RolloutSection, seed: int) -> SamplingOptions:
     """How RL decodes at a stage of the run. Raises ConfigError naming the key."""
-    names = ("strategy", "threshold", "entropy_bound", "denoising_steps", "block_size", "max_tokens",
-             "temperature", "top_k", "top_p")  # fmt: skip
+    names = ("strategy", "score", "first_token", "threshold", "entropy_bound", "denoising_steps", "block_size",
+             "max_tokens", "temperature", "top_k", "top_p")  # fmt: skip
     try:
         return SamplingOptions(**{name: getattr(section, name) for name in names}, seed=seed)
     except ConfigError as error:
