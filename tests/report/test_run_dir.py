@@ -52,6 +52,18 @@ def test_keys_that_may_change_are_reported_and_stored(tmp_path):
         assert run.config["rl"]["steps"] == 20
 
 
+def test_how_a_judge_is_reached_may_change_and_what_it_is_asked_may_not(tmp_path):
+    def config(**judge):
+        return {"reward": {"judge": {"url": "a", "timeout_seconds": 1.0, "prompt": "?", **judge}}}
+
+    with RunDir(tmp_path) as run:
+        run.write_config(config())
+        changes = run.write_config(config(url="b", timeout_seconds=2.0))
+        assert changes.keys() == {"reward.judge.url", "reward.judge.timeout_seconds"}
+        with pytest.raises(ConfigError, match=r'reward\.judge\.prompt: "\?" -> "!"'):
+            run.write_config(config(url="b", timeout_seconds=2.0, prompt="!"))
+
+
 def test_compare_configs_of_nested_and_leaf():
     assert compare_configs({"a": {"b": 1}}, {"a": 2}) == {"a.b": (1, ABSENT), "a": (ABSENT, 2)}
 

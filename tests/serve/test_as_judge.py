@@ -32,7 +32,7 @@ def test_our_server_judges(judge, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "secret")
     running = judge(api_key_variable="JUDGE_KEY")
     start_rewards(["judge"])
-    texts = [f"answer {i}" for i in range(8)]
+    texts = [f"answer {i}" for i in range(5)]
     rows = [{"question": "1+1="}] * len(texts)
     result = score({"judge": 1.0}, texts, texts, rows)
     asked = {"model": "tiny", "temperature": 5.0, "max_tokens": 60, "stop": ["G", "K", "e", "z"]}

@@ -77,6 +77,7 @@ def test_with_one_step_a_run_is_that_of_the_whole(tmp_path):
         np.testing.assert_allclose(runs["steps"][1][name], leaf, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_an_overlapped_run_with_rewards_of_steps_goes_on_where_it_stopped(tmp_path):
     """The samples that are decoded ahead are judged once more."""
     changes = FULL | STEPS | {"sft__steps": 0, "eval__strategies": [], "rl__overlap": "one_step_off"}

@@ -84,7 +84,6 @@ def reward_config_from_hf(config: Mapping[str, Any], source: str = "config.json"
             **values,
             num_kv_heads=config.get("num_key_value_heads") or values["num_heads"],
             head_dim=head_dim,
-            family=family,
             norm_eps=config.get("rms_norm_eps", 1e-6),
             rope_theta=rope["rope_theta"] or 10000.0,
             qk_norm=qk_norm,

@@ -35,13 +35,13 @@ def start() -> None:
                 f"reward.judge.offline answers from reward.judge.cache={section.cache}, and there is no such file: "
                 "name that of a run with the judge, or set reward.judge.offline=false"
             )
+    for key in () if section.offline else ("url", "model"):
+        if not getattr(section, key):
+            raise ConfigError(f"the rewards judge and judge_steps need reward.judge.{key}: set it")
     with open_cache(section.cache):
         pass  # for its ConfigError
     if section.offline:
         return
-    for key in ("url", "model"):
-        if not getattr(section, key):
-            raise ConfigError(f"the rewards judge and judge_steps need reward.judge.{key}: set it")
     from tracerl_jax.rewards.judge_client import ask
 
     (answer,) = ask([_body(section, "This is a test. Answer with the word yes.")], section)
