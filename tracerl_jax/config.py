@@ -100,6 +100,7 @@ class RewardSection:
     answer_patterns: tuple[str, ...] = _doc(
         (), "regular expressions, one group each, of a final answer without \\boxed{}; default: see docs/rewards.md"
     )
+    bare_answers: bool = _doc(False, "take one line without a final answer for the answer itself")
     math_cpu_seconds: float = _doc(1.0, "CPU time that the algebra of one answer may take")
     sandbox: Literal["strict", "best_effort", "container-hook"] = _doc(
         "strict", "how programs run: only fully isolated, with what this machine can do, or by `container_command`"
@@ -107,6 +108,7 @@ class RewardSection:
     container_command: str = _doc("", "what runs a Python program in a container, its standard input and output kept")
     code_memory_mb: int = _doc(1024, "address space of a program under test")
     code_wall_seconds: float = _doc(2.0, "waiting time a test may add to the CPU time of its task")
+    code_packages: tuple[str, ...] = _doc(("numpy",), "installed packages that programs and their tests can import")
     own_equality: bool = _doc(False, "believe objects of the program under test that say they equal a test's value")
 
     def __post_init__(self):
@@ -115,6 +117,10 @@ class RewardSection:
         for name in ("math_cpu_seconds", "code_wall_seconds"):
             _require(getattr(self, name) > 0, f"reward.{name} is {getattr(self, name)}, must be above 0")
         _require(
+            all(name.isidentifier() for name in self.code_packages),
+            f"reward.code_packages is {self.code_packages}, must be names as after `import`",
+        )
+        _require(
             bool(self.container_command) == (self.sandbox == "container-hook"),
             "reward.sandbox=container-hook and reward.container_command belong together: set both or neither",
         )
@@ -122,9 +128,9 @@ class RewardSection:
 
 @dataclass(frozen=True)
 class GradingConfig:
-    """The part of a run's config that commands take which only grade."""
+    """The part of a run's config that commands take which only grade. What they grade may be answers alone."""
 
-    reward: RewardSection = _doc(RewardSection(), "how answers and programs are graded")
+    reward: RewardSection = _doc(RewardSection(bare_answers=True), "how answers and programs are graded")
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,18 @@ def test_patterns_are_configurable(configure):
     assert values() == [1.0, 1.0, 1.0]
 
 
+def test_bare_answers_are_a_matter_of_configuration(configure):
+    texts = ["18", "so\n18", "The answer is 18", ""]
+    golds = ["18"] * 4
+
+    def values():
+        return [verdict.reward for verdict in get_reward("math")(["p"] * 4, texts, ground_truth_answer=golds)]
+
+    assert values() == [0.0, 0.0, 1.0, 0.0]
+    configure(bare_answers=True)
+    assert values() == [1.0, 0.0, 1.0, 0.0]
+
+
 @pytest.mark.parametrize(
     "pattern, message", [("(", "is no regular expression"), ("a", "exactly one group"), ("(a)(b)", "exactly one group")]
 )
