@@ -86,6 +86,7 @@ class RewardSection:
     container_command: str = _doc("", "what runs a Python program in a container, its standard input and output kept")
     code_memory_mb: int = _doc(1024, "address space of a program under test")
     code_wall_seconds: float = _doc(2.0, "waiting time a test may add to the CPU time of its task")
+    code_packages: tuple[str, ...] = _doc(("numpy",), "installed packages that programs and their tests can import")
     own_equality: bool = _doc(False, "believe objects of the program under test that say they equal a test's value")
     judge: JudgeSection = _doc(JudgeSection(), "a language model behind a URL that judges: rewards judge, judge_steps")
     model: RewardModelSection = _doc(RewardModelSection(), "a scalar reward model on the mesh: reward reward_model")
@@ -96,6 +97,10 @@ class RewardSection:
         _require(self.code_memory_mb >= 64, f"reward.code_memory_mb is {self.code_memory_mb}, must be at least 64")
         for name in ("math_cpu_seconds", "code_wall_seconds"):
             _require(getattr(self, name) > 0, f"reward.{name} is {getattr(self, name)}, must be above 0")
+        _require(
+            all(name.isidentifier() for name in self.code_packages),
+            f"reward.code_packages is {self.code_packages}, must be names as after `import`",
+        )
         _require(
             bool(self.container_command) == (self.sandbox == "container-hook"),
             "reward.sandbox=container-hook and reward.container_command belong together: set both or neither",

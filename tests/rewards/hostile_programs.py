@@ -64,6 +64,19 @@ def f(x):
     os._exit(0)
 if __name__ == "__main__": f(1)
 """,
+    "sends_half_a_message": "import os, time\nos.write(4, bytes(7))\ntime.sleep(1000)",
+    "does_not_listen": _FRAME + """
+import time
+os.write(4, frame({"value": None}) * 4)
+time.sleep(1000)
+""",
+    "talks_without_end": _FRAME + """
+def f(x):
+    call = frame({"do": "call", "object": 0, "args": [], "kwargs": []}) * 100
+    while True:
+        os.write(4, call)
+if __name__ == "__main__": f(1)
+""",
     "calls_the_judge": _FRAME + """
 for request in (
     {"do": "operate", "name": "getattr", "object": 0, "args": ["__globals__"]},

@@ -128,6 +128,24 @@ thread.start()
     assert [reply.output for reply in strict.run([Job(program, 2.0)])] == ["thread\n"]
 
 
+def test_packages_that_a_program_may_import(strict):
+    """Not all: some hold data sets with the solutions."""
+    program = """
+for name in ("numpy", "packaging", "jax", "pip"):
+    try:
+        __import__(name)
+        print(name)
+    except ImportError:
+        pass
+"""
+    (default,) = strict.run([Job(program, 5.0)])
+    assert default.output == "numpy\n"
+    sandbox = open_sandbox(code_packages=("packaging",))
+    (other,) = sandbox.run([Job(program, 5.0)])
+    sandbox.close()
+    assert other.output == "packaging\n"
+
+
 def test_input_and_output_larger_than_pipes(strict):
     text = "".join(f"{number}\n" for number in range(300_000))
     (reply,) = strict.run([Job("import sys\nsys.stdout.write(sys.stdin.read())", 2.0, input=text)])

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -91,16 +92,19 @@ class Sandbox:
                               "reward.sandbox=container-hook and reward.container_command")  # fmt: skip
         self._command: list[str] | None = shlex.split(section.container_command) or None
         self._reusable = True
-        self._settings = {"paths": [], "packages": _packages(), "namespaces": True, "required": [], "filter": ""}
-        if self._command:
-            self._settings["packages"] = []  # the container's own
-        else:
-            self._settings["filter"] = self._make_filter()
+        self._settings = {
+            "packages": list(section.code_packages), "site_folders": [], "scratch": None, "namespaces": True,
+            "required": [], "filter": "",
+        }  # fmt: skip
+        if not self._command:
+            site_folders = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+            self._settings |= {"site_folders": site_folders, "scratch": tempfile.gettempdir(), "filter": _make_filter()}
         lacks = self._find_out()
         bwrap = shutil.which("bwrap")
         if self.level != "container-hook" and self._insufficient() and bwrap:
-            self._command = bubblewrap.command(bwrap, self._settings["packages"])
-            self._settings["namespaces"], self._reusable = False, False
+            self._command = bubblewrap.command(bwrap, self._settings["site_folders"], section.code_packages)
+            self._settings |= {"namespaces": False, "scratch": None}
+            self._reusable = False
             lacks = self._find_out()
         if self.level == "strict" and (missing := self._insufficient()):
             reasons = ", ".join(f"no {MEANING[name]} ({lacks.get(name, 'it does not hold')})" for name in missing)
@@ -135,10 +139,11 @@ class Sandbox:
                 worker = worker or self._start()
                 reply = self._try(worker, job)
                 if reply.status == "broken" or not self._reusable:
-                    worker.close()
+                    said = worker.close()
                     worker = None
                 if reply.status != "broken":
                     return reply
+                logger.debug("the sandbox failed: %s %s", reply.detail, said)
             # Whose fault is it? When others run, the program's.
             worker = self._start()
             if self._try(worker, Job("print(1)", 5.0)).output == "1\n":
@@ -216,13 +221,9 @@ class Sandbox:
         text = f"{', '.join(MEANING[name] for name in self.held) or 'nothing'} hold{by}"
         return f"{text}; not: {', '.join(without)}" if without else text
 
-    def _make_filter(self) -> str:
-        try:
-            return system_calls.make_filter().hex()
-        except (ImportError, OSError):
-            return ""
 
-
-def _packages() -> list[str]:
-    """Where programs find installed packages."""
-    return sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+def _make_filter() -> str:
+    try:
+        return system_calls.make_filter().hex()
+    except (ImportError, OSError):
+        return ""

@@ -1,6 +1,7 @@
 """A launcher of programs (see `inside`), as its parent sees it: a process that takes a job and gives a reply."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ from tracerl_jax.rewards.sandbox import inside
 from tracerl_jax.rewards.sandbox.inside.frames import read_frame, write_frame
 
 # The modules of `inside` that a launcher needs, each after those it imports.
-MODULES = ("frames", "isolation", "clock", "supervise", "rpc", "examine", "program", "launcher")
+MODULES = ("frames", "isolation", "clock", "runtime", "supervise", "rpc", "examine", "program", "launcher")
 PACKAGE = inside.__name__
 START_SECONDS = 60.0
 PYTHON = (sys.executable, "-P", "-s")
@@ -53,7 +54,7 @@ class Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/", start_new_session=True,
             env=None if command else {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1"},
         )  # fmt: skip
-        self.served = 0
+        self._scratch = settings["scratch"]
         try:
             for message in ([(name, (folder / f"{name}.py").read_text()) for name in MODULES], settings):
                 write_frame(self.process.stdin.fileno(), message)
@@ -65,7 +66,6 @@ class Worker:
         timer = threading.Timer(seconds, self.process.kill)
         timer.daemon = True
         timer.start()
-        self.served += 1
         try:
             for message in (job, tests):
                 write_frame(self.process.stdin.fileno(), message)
@@ -81,4 +81,6 @@ class Worker:
     def close(self) -> str:
         """Ends the launcher, and with it whatever it has started; the last of what it wrote to its standard error."""
         self.process.kill()
+        for folder in Path(self._scratch or "/").glob(f"program-{self.process.pid}-*"):
+            shutil.rmtree(folder, ignore_errors=True)
         return self.process.communicate()[1].decode(errors="replace").strip()[-500:]

@@ -7,6 +7,7 @@ helper functions), executed before; `subjects`, names that are the program's wha
 import ast
 import builtins
 import importlib
+import os
 import sys
 
 from tracerl_jax.rewards.sandbox.inside.clock import Overtime
@@ -19,10 +20,11 @@ _BUILTINS = frozenset(dir(builtins))
 def examine(program: Program, pipes: tuple[int, ...], test: dict) -> dict:
     """`status` is "passed" or "failed", with the reason in `detail`."""
 
-    def wait() -> None:
+    def wait(fd: int) -> None:
         program.clock.start()
         try:
-            if replies not in program.wait((replies,)):
+            ready = program.wait((fd,)) if fd == replies else program.wait(writes=(fd,))
+            if fd not in ready:
                 raise EOFError("it ended")
         except Overtime as error:
             raise EOFError(str(error)) from None
@@ -30,7 +32,9 @@ def examine(program: Program, pipes: tuple[int, ...], test: dict) -> dict:
             program.clock.stop()
 
     requests, replies = pipes
-    peer = Peer(replies, requests, before_read=wait, believes=test["own_equality"])
+    for fd in pipes:
+        os.set_blocking(fd, False)
+    peer = Peer(replies, requests, wait=wait, believes=test["own_equality"])
     reason, stage = "", "the program"
     try:
         peer.load()

@@ -85,9 +85,10 @@ def _enter_user_namespace() -> None:
             target.write(text)
 
 
-def make_root(paths: list[str]) -> None:
-    """Replaces the root file system by an empty, read-only one with `paths` (read-only), /dev/null and the like, and a
-    scratch folder. Needs a mount namespace of its own. Raises `OSError`, before anything has changed, when it may not.
+def make_root(paths: list[str], hidden: list[str], shown: list[str]) -> None:
+    """Replaces the root file system by a read-only one: `paths`, of which the folders `hidden` are empty but for
+    `shown`; /dev/null and the like, and a scratch folder. Needs a mount namespace of its own. Raises `OSError`, before
+    anything has changed, when it may not.
     """
     call("mount", None, "/", None, MS_REC | MS_PRIVATE, None)
     call("mount", "tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
@@ -97,6 +98,12 @@ def make_root(paths: list[str]) -> None:
     try:
         for path in paths:
             _show(path)
+        for path in hidden:
+            call("mount", "tmpfs", path, "tmpfs", MS_NOSUID | MS_NODEV, "size=64k,mode=755")
+        for path in shown:
+            _show(path)
+        for path in hidden:
+            call("mount", None, path, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV)
         os.mkdir("/dev")
         for device in ("/dev/null", "/dev/zero", "/dev/urandom"):
             os.close(os.open(device, os.O_CREAT))
@@ -116,8 +123,10 @@ def _show(path: str) -> None:
     if os.path.islink(old):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         os.symlink(os.readlink(old), path)
-    elif os.path.isdir(old):
-        os.makedirs(path, exist_ok=True)
+    else:
+        os.makedirs(path if os.path.isdir(old) else os.path.dirname(path), exist_ok=True)
+        if not os.path.isdir(old):
+            os.close(os.open(path, os.O_CREAT))
         call("mount", old, path, None, MS_BIND | MS_REC, None)
         kept = os.statvfs(path).f_flag & KEPT_FLAGS
         kept = kept & ~os.ST_RELATIME | (MS_RELATIME if kept & os.ST_RELATIME else 0)
@@ -127,13 +136,14 @@ def _show(path: str) -> None:
 # Landlock (linux/landlock.h): which rights each version of its interface knows.
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # the same on all processors
 RIGHTS = {1: 13, 2: 14, 3: 15, 5: 16}  # version: number of rights on files
-READING, EXECUTING_AND_READING = 0b100, 0b1101
-ON_A_FILE = 0b1_1100_0000_0000_0111  # execute, write, read, truncate, ioctl
+READING, LISTING, EXECUTING_AND_READING = 0b100, 0b1000, 0b1101
+ON_A_FILE = 0b1100_0000_0000_0111  # execute, write, read, truncate, ioctl
 
 
-def restrict_files(readable: list[str], folder: str) -> None:
-    """From now on this process can only read below `readable`, and do everything in `folder`; where the kernel knows
-    how, it also has no TCP and can signal only itself. Raises `OSError` without Landlock (Linux 5.13)."""
+def restrict_files(readable: list[str], listed: list[str], folder: str) -> None:
+    """From now on this process can only read below `readable`, see names below `listed`, and do everything in `folder`;
+    where the kernel knows how, it also has no TCP and can signal only itself. Raises `OSError` without Landlock (Linux
+    5.13)."""
 
     def landlock(number: int, *args) -> int:
         ctypes.set_errno(0)
@@ -147,13 +157,14 @@ def restrict_files(readable: list[str], folder: str) -> None:
     handled = (ctypes.c_uint64 * 3)(everything, 0b11 if version >= 4 else 0, 0b11 if version >= 6 else 0)
     size = 8 if version < 4 else 16 if version < 6 else 24
     rules = landlock(CREATE_RULESET, handled, ctypes.c_size_t(size), 0)
-    allowed = {path: EXECUTING_AND_READING for path in readable}
-    allowed |= {"/dev/null": everything & ON_A_FILE, "/dev/urandom": READING, folder: everything}
+    allowed = {path: LISTING for path in listed} | {path: EXECUTING_AND_READING for path in readable}
+    allowed |= {"/dev/null": everything, "/dev/urandom": READING, folder: everything}
     for path, rights in allowed.items():
         try:
             fd = os.open(path, os.O_PATH)
         except FileNotFoundError:
             continue
+        rights &= everything if os.path.isdir(path) else everything & ON_A_FILE
         rule = ctypes.create_string_buffer(rights.to_bytes(8, sys.byteorder) + fd.to_bytes(4, sys.byteorder), 12)
         landlock(ADD_RULE, rules, 1, rule, 0)
         os.close(fd)

@@ -3,8 +3,9 @@
 Conversation on standard input and output: first the settings, then per job two messages in and one out. The second
 message holds the tests; only the judge reads it, when the program's process is already apart.
 
-Settings: `paths` that programs see and `packages`, more of them, on their `sys.path` (default: this Python's); `filter`
-(BPF, hex, or ""); `namespaces`, whether to try them; `required`, the names without which nothing is run.
+Settings: `packages` that can be imported, from `site_folders` (default: this Python's); `scratch`, where to make scratch
+folders; `filter` (BPF, hex, or ""); `namespaces`, whether to try them; `required`, the names without which nothing is
+run.
 Job: `kind` "script" or "function", `program`, `input`, `cpu_seconds`, `wait_seconds`, `memory_bytes`; its second
 message: see examine.py, or null. Reply: `status`, `detail` and more, and what isolation `held` and what it `lacks`.
 """
@@ -19,7 +20,6 @@ import shutil
 import signal
 import site
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Callable
 
@@ -29,6 +29,7 @@ from tracerl_jax.rewards.sandbox.inside.examine import examine
 from tracerl_jax.rewards.sandbox.inside.frames import read_frame, write_frame
 from tracerl_jax.rewards.sandbox.inside.isolation import Isolation
 from tracerl_jax.rewards.sandbox.inside.program import run_script, serve_functions
+from tracerl_jax.rewards.sandbox.inside.runtime import Runtime, find_runtime
 from tracerl_jax.rewards.sandbox.inside.supervise import Program, supervise
 
 ENVIRONMENT = {"HOME": "/nonexistent", "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -40,10 +41,11 @@ def serve() -> Callable[[], None] | None:
     settings = read_frame(JOBS)
     os.environ.clear()
     os.environ.update(ENVIRONMENT)
-    settings["packages"] = settings["packages"] or [path for path in site.getsitepackages() if os.path.isdir(path)]
-    sys.path = [*filter(None, sys.path), *settings["packages"]]  # not the current folder: it will be a program's
+    site_folders = settings["site_folders"] or [path for path in site.getsitepackages() if os.path.isdir(path)]
+    sys.path = [*filter(None, sys.path), *site_folders]  # not the current folder: it will be a program's
     sys.dont_write_bytecode = True
-    settings["paths"] = _visible(settings["paths"] or _runtime(settings["packages"]))
+    runtime = find_runtime([os.path.realpath(folder) for folder in site_folders], settings["packages"])
+    readable = runtime.readable(), runtime.listed
     kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
     gc.freeze()  # what is there now stays shared with the forks
     while True:
@@ -51,12 +53,12 @@ def serve() -> Callable[[], None] | None:
             job = read_frame(JOBS)
         except EOFError:
             return None
-        folder = tempfile.mkdtemp(prefix=f"program-{os.getpid()}-")  # used where there is no mount namespace
+        folder = tempfile.mkdtemp(prefix=f"program-{os.getpid()}-", dir=settings["scratch"])  # used where there is no mount namespace
         reply_read, reply_write = os.pipe()
         gate = os.fork()
         if gate == 0:
             os.close(reply_read)
-            return _gate(settings, job, folder, reply_write)
+            return _gate(settings, job, folder, reply_write, runtime, readable)
         os.close(reply_write)
         reply = _wait(reply_read, gate)
         shutil.rmtree(folder, ignore_errors=True)
@@ -101,7 +103,10 @@ def _children() -> list[int]:
         return []
 
 
-def _gate(settings: dict, job: dict, folder: str, reply_fd: int) -> Callable[[], None]:
+def _gate(
+    settings: dict, job: dict, folder: str, reply_fd: int, runtime: Runtime, readable: tuple[list[str], list[str]]
+) -> Callable[[], None]:
+    """Enters the namespaces; the judge, first in them, makes the file system and gives up its privileges."""
     uid = kernel.FIRST_UID + os.getpid()
     found = Isolation()
     root = os.geteuid() == 0
@@ -117,13 +122,13 @@ def _gate(settings: dict, job: dict, folder: str, reply_fd: int) -> Callable[[],
     kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
     if "mount" in found.held:
         found.held.remove("mount")
-        found.attempt("mount", kernel.make_root, settings["paths"])
+        found.attempt("mount", kernel.make_root, runtime.paths, runtime.hidden, runtime.shown)
     if "mount" in found.held:
         folder = kernel.SCRATCH
     if root and "user" not in found.held:
         found.attempt("uid", kernel.own_uid, uid, folder)
     kernel.drop_privileges()
-    return _judge(settings, job, found, folder, reply_fd, proc)
+    return _judge({**settings, "readable": readable}, job, found, folder, reply_fd, proc)
 
 
 def _judge(settings: dict, job: dict, found: Isolation, folder: str, reply_fd: int, proc: int) -> Callable[[], None]:
@@ -153,7 +158,8 @@ def _judge(settings: dict, job: dict, found: Isolation, folder: str, reply_fd: i
             os.close(proc)  # the tests need not see other processes
             clock = Clock(pid, schedstat, job["cpu_seconds"], job["wait_seconds"])
             program = Program(pid, clock, None if "mount" in found.held else folder)
-            kernel.limit_resources(_judge_seconds(job), job["memory_bytes"] + (256 << 20), None)
+            seconds = 5 * math.ceil(job["cpu_seconds"]) + 10  # a test may be more work than the program
+            kernel.limit_resources(seconds, job["memory_bytes"] + (256 << 20), None)
             reply = supervise(program, ours, job["input"]) if is_script else examine(program, ours, tests)
     except EOFError:
         pass
@@ -181,7 +187,7 @@ def _settle(settings, job, found: Isolation, folder: str, pipes: tuple, ready: i
     found.attempt("limits", kernel.limit_resources, math.ceil(job["cpu_seconds"]) + 1, job["memory_bytes"])
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if "mount" not in found.held and settings["namespaces"]:
-        found.attempt("landlock", kernel.restrict_files, settings["paths"], folder)
+        found.attempt("landlock", kernel.restrict_files, *settings["readable"], folder)
     if settings["filter"]:
         found.attempt("seccomp", kernel.filter_system_calls, bytes.fromhex(settings["filter"]))
     write_frame(ready, [host_pid, found.held, found.lacks])
@@ -198,27 +204,8 @@ def _pipes(is_script: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(theirs), tuple(ours)
 
 
-def _judge_seconds(job: dict) -> int:
-    return 10 * math.ceil(job["cpu_seconds"]) + 10
-
-
 def _open_schedstat(pid: str, proc: int) -> int | None:
     try:
         return os.open(f"{pid}/schedstat", os.O_RDONLY, dir_fd=proc)
     except OSError:
         return None
-
-
-def _runtime(packages: list[str]) -> list[str]:
-    """Folders that Python and the libraries it loads are read from."""
-    folders = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), os.path.dirname(os.__file__), *packages]
-    folders += [f"{prefix}/{name}" for prefix in (sys.base_exec_prefix, "/usr", "") for name in ("lib", "lib64")]
-    return folders
-
-
-def _visible(paths: list[str]) -> list[str]:
-    """Existing `paths`, none below another; links stay links, and what they lead to is there as well."""
-    folders = {os.path.realpath(path) for path in paths if os.path.isdir(path)}
-    links = {path for path in paths if os.path.islink(path)}
-    tops = [path for path in folders if not any(path.startswith(f"{other}/") for other in folders)]
-    return sorted(tops) + sorted(links - folders)

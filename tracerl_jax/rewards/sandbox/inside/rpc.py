@@ -18,7 +18,7 @@ import operator
 import types
 from collections.abc import Callable, Mapping
 
-from tracerl_jax.rewards.sandbox.inside.frames import read_frame, write_frame
+from tracerl_jax.rewards.sandbox.inside.frames import Wait, read_frame, write_frame
 
 
 class ProgramEnded(BaseException):
@@ -147,15 +147,14 @@ for _name in _BINARY:
 
 
 class Peer:
-    """One end. `before_read` is called before each message and may raise.
+    """One end. `wait(fd)` is called before each message that is read, and where a descriptor that does not block would
+    have; it may raise `EOFError`.
 
     `believes`: whether objects of the other side are asked for comparisons and sums with values of this side.
     """
 
-    def __init__(
-        self, read_fd: int, write_fd: int, *, before_read: Callable[[], None] = lambda: None, believes: bool = False
-    ):
-        self._read_fd, self._write_fd, self._before_read = read_fd, write_fd, before_read
+    def __init__(self, read_fd: int, write_fd: int, *, wait: Wait = lambda fd: None, believes: bool = False):
+        self._read_fd, self._write_fd, self._wait = read_fd, write_fd, wait
         self.believes = believes
         self.broken = ""  # why the other side cannot be asked any more
         self._exported: list[object] = []
@@ -167,10 +166,10 @@ class Peer:
         """Sends a request, serves requests that come before its reply, and returns this. Raises what the other side
         raised, and `ProgramEnded`."""
         try:
-            write_frame(self._write_fd, {"do": what, **fields})
+            write_frame(self._write_fd, {"do": what, **fields}, self._wait)
             while "do" in (message := self._read()):
                 self._answer(message)
-        except (OSError, EOFError, ValueError, TypeError, KeyError, RecursionError) as error:
+        except (OSError, EOFError, ValueError, TypeError, KeyError, RecursionError, MemoryError) as error:
             raise self._broken_off(f"the program broke off: {error}") from None
         if "raised" in message:
             raise _exception(*message["raised"])
@@ -221,7 +220,7 @@ class Peer:
         except BaseException as error:  # SystemExit too: it is for the tests to see
             builtin = next(kind for kind in type(error).__mro__ if kind.__module__ == "builtins")
             reply = {"raised": [builtin.__name__, type(error).__name__, str(error)[:1000]]}
-        write_frame(self._write_fd, reply)
+        write_frame(self._write_fd, reply, self._wait)
 
     def _do(self, message: dict) -> dict:
         what = message["do"]
@@ -297,8 +296,8 @@ class Peer:
         return ProgramEnded(reason)
 
     def _read(self) -> dict:
-        self._before_read()
-        message = read_frame(self._read_fd)
+        self._wait(self._read_fd)
+        message = read_frame(self._read_fd, self._wait)
         if not isinstance(message, dict):
             raise ValueError("it sent what is no message")
         return message
