@@ -22,9 +22,10 @@ SAMPLING = {
     "overlap, moment",
     [
         ("one_step_off", "tracerl_jax.rl.rollouts:OneStepOff.before_update:3"),
-        pytest.param("none", "tracerl_jax.rl.rollouts:judge_traces:5", marks=pytest.mark.slow),
+        ("none", "tracerl_jax.rl.rollouts:judge_traces:5"),
     ],
 )
+@pytest.mark.slow
 def test_killed_in_between_a_run_ends_with_the_same_bits(compiled, tmp_path, overlap, moment):
     changes = SAMPLING | {"rl__overlap": overlap}
     for folder in ("whole", "killed"):

