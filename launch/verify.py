@@ -7,9 +7,9 @@ import time
 HELP = """Grade a file of answers. --task takes the reward by which answers to that task are judged right or wrong,
 --reward any reward by its name.
 
-Input rows: `prediction`, the whole text of an answer, and the fields of the problem that the reward needs
-(ground_truth_answer for math). Output rows: the same in the same order, with `reward` (null: no verdict) and `detail`,
-how it was decided."""
+Input rows: `prediction`, a whole completion or (math) its final answer alone, and the fields of the problem that the
+reward needs (ground_truth_answer for math). Output rows: the same in the same order, with `reward` (null: no verdict)
+and `detail`, how it was decided."""
 
 EPILOG = """examples:
   tracerl verify --task math --input pairs.jsonl --output graded.jsonl

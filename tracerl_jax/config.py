@@ -100,6 +100,7 @@ class RewardSection:
     answer_patterns: tuple[str, ...] = _doc(
         (), "regular expressions, one group each, of a final answer without \\boxed{}; default: see docs/rewards.md"
     )
+    bare_answers: bool = _doc(False, "take one line without a final answer for the answer itself")
     math_cpu_seconds: float = _doc(1.0, "CPU time that the algebra of one answer may take")
     sandbox: Literal["strict", "best_effort", "container-hook"] = _doc(
         "strict", "how programs run: only fully isolated, with what this machine can do, or by `container_command`"
@@ -122,9 +123,9 @@ class RewardSection:
 
 @dataclass(frozen=True)
 class GradingConfig:
-    """The part of a run's config that commands take which only grade."""
+    """The part of a run's config that commands take which only grade. What they grade may be answers alone."""
 
-    reward: RewardSection = _doc(RewardSection(), "how answers and programs are graded")
+    reward: RewardSection = _doc(RewardSection(bare_answers=True), "how answers and programs are graded")
 
 
 @dataclass(frozen=True)

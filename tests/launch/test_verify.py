@@ -11,6 +11,8 @@ ROWS = [
     {"id": 7, "prediction": "so \\boxed{\\frac{2}{4}}", "ground_truth_answer": "1/2"},
     {"prediction": "The answer is 4", "ground_truth_answer": 5, "note": "ü"},
     {"prediction": "\\boxed{5}", "ground_truth_answer": "\\frac{1}{"},
+    {"prediction": "\\frac{6}{8}", "ground_truth_answer": "3/4"},
+    {"prediction": "so it is\n3/4", "ground_truth_answer": "3/4"},
 ]
 
 
@@ -41,8 +43,10 @@ def test_rows_keep_their_columns_and_get_reward_and_detail(verify):
         {**ROWS[0], "reward": 1.0, "detail": "\\frac{2}{4} is 1/2 (by rules)"},
         {**ROWS[1], "reward": 0.0, "detail": "4 is not 5 (by rules)"},
         {**ROWS[2], "reward": None, "detail": "the reference answer \\frac{1}{ cannot be read as mathematics"},
+        {**ROWS[3], "reward": 1.0, "detail": "\\frac{6}{8} is 3/4 (by rules)"},
+        {**ROWS[4], "reward": 0.0, "detail": "no answer found"},
     ]
-    assert out.startswith("math: mean 0.5000 over 2 answers, 1 without verdict, ") and out.endswith(" s\n")
+    assert out.startswith("math: mean 0.5000 over 4 answers, 1 without verdict, ") and out.endswith(" s\n")
 
 
 def test_every_reward_goes_through(verify):
@@ -74,7 +78,7 @@ def test_reward_and_settings_of_a_config_file(verify, tmp_path):
         "    return ConfigDict({'model': {'preset': 'demo'}, 'reward': {'answer_patterns': ('<(.*)>',)}})\n"
     )
     assert verify([{"prediction": ""}], "--reward", "of_the_file", "--config", str(file))[3][0]["reward"] == 3.0
-    assert settings.current().answer_patterns == ("<(.*)>",)
+    assert settings.current().answer_patterns == ("<(.*)>",) and not settings.current().bare_answers
 
 
 BAD = [

@@ -105,6 +105,8 @@ FURTHER = [  # gold, answer, whether they are the same
     ("12\\pi", "12\\pi\\text{ square units}", 1.0),
     ("2\\sqrt{3} \\text{ m}", "\\sqrt{12}\\text{ cm}", 0.0),
     ("(3+\\sqrt{5},-1)", "(3,-1)", 0.0),
+    ("(3,1)", "\\emptyset", 0.0),
+    ("\\emptyset", "(3,1)", 0.0),
     ("(3+\\sqrt{4},-\\sqrt{1})", "(5,-1)", 1.0),
     ("(\\frac{1}{6},\\frac{1}{6})", "(\\frac{1}{\\sqrt{2}},\\frac{1}{\\sqrt{2}})", 0.0),
     ("(-\\sqrt{8},\\sqrt{8}]", "(-2\\sqrt{2},2\\sqrt{2}]", 1.0),
@@ -195,6 +197,18 @@ def test_patterns_are_configurable(configure):
     assert values() == [1.0, 0.0, 1.0]
     configure(answer_patterns=(*FINAL_ANSWER_PATTERNS, r"<result>(.*?)</result>"))
     assert values() == [1.0, 1.0, 1.0]
+
+
+def test_bare_answers_are_a_matter_of_configuration(configure):
+    texts = ["18", "so\n18", "The answer is 18", ""]
+    golds = ["18"] * 4
+
+    def values():
+        return [verdict.reward for verdict in get_reward("math")(["p"] * 4, texts, ground_truth_answer=golds)]
+
+    assert values() == [0.0, 0.0, 1.0, 0.0]
+    configure(bare_answers=True)
+    assert values() == [1.0, 0.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize(

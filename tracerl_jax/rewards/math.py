@@ -79,8 +79,15 @@ def math_reward(
 
 
 def _extract(completions: Sequence[str]) -> list[str | None]:
-    patterns = compile_patterns(settings.current().answer_patterns or FINAL_ANSWER_PATTERNS)
-    return [extract_answer(text, patterns) for text in completions]
+    wanted = settings.current()
+    patterns = compile_patterns(wanted.answer_patterns or FINAL_ANSWER_PATTERNS)
+    answers = [extract_answer(text, patterns) for text in completions]
+    if wanted.bare_answers:
+        answers = [
+            text if answer is None and text and "\n" not in text.strip() else answer
+            for text, answer in zip(completions, answers, strict=True)
+        ]
+    return answers
 
 
 def grade_answers(answers: Sequence[str | None], golds: Sequence[object]) -> list[Verdict]:
