@@ -29,7 +29,7 @@ COMMANDS = {
     "generate": "complete prompts and record their decoding traces",
     "serve": "a model behind OpenAI's HTTP API, streaming block by block",
     "score": "log-probs of recorded traces under a model",
-    "eval": "accuracy and tokens per step of a model on a task",
+    "eval": "accuracy, with error bars, and speed of a model on tasks",
     "verify": "grade a file of answers with the reward of a task",
     "convert": "Hugging Face folder to Orbax checkpoint and back",
     "plan": "will a config fit a TPU slice or GPUs, and how fast: no accelerator needed",

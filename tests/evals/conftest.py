@@ -13,12 +13,15 @@ from tracerl_jax.parallel.mesh import make_mesh
 from tracerl_jax.rollout import folder as folder_module
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_device():
-    """Programs for eight devices take longer to compile, and nothing here depends on them."""
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    """Compiling is most of what these tests do: for one device, and without optimisations."""
+    before = jax.config.values["jax_disable_most_optimizations"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(folder_module, "make_mesh", lambda: make_mesh(devices=jax.devices()[:1]))
+        jax.config.update("jax_disable_most_optimizations", True)
         yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

@@ -3,48 +3,18 @@
 import errno
 import json
 
-import numpy as np
 import pytest
+from eval_results import assert_same_results, rows_of
 
-from tracerl_jax.data.jsonl import read_jsonl, write_jsonl
+from tracerl_jax.data.jsonl import write_jsonl
 from tracerl_jax.diffusion.trace import Trace
 from tracerl_jax.evals import items as items_module
 from tracerl_jax.launch.cli import main
 from tracerl_jax.rollout.engine import Engine
 
-TIMES = {"tokens_per_second", "decode_seconds", "wall_seconds", "starts"}
-
 
 def command(model_folder, *words):
     return ["eval", "--model", str(model_folder), "--max_tokens", "8", "--slots", "8", *map(str, words)]
-
-
-def rows_of(folder):
-    """{(file, problem, sample): row}; no item twice."""
-    rows = {}
-    for path in sorted((folder / "items").iterdir()):
-        for _, row in read_jsonl(path, required=["prompt", "text", "logprobs", "rewards"]):
-            key = (path.name, row["index"], row["sample_index"])
-            assert key not in rows
-            rows[key] = row
-    return rows
-
-
-def results_of(folder):
-    """results.json without what measures time."""
-    results = json.loads((folder / "results.json").read_text())
-    return {t: {s: {k: v for k, v in r.items() if k not in TIMES} for s, r in by.items()} for t, by in results.items()}
-
-
-def assert_same_results(one, other):
-    """All numbers, and every answer, are the same; log-probs to rounding (sums depend on the size of a batch)."""
-    assert results_of(one) == results_of(other)
-    rows, expected = rows_of(one), rows_of(other)
-    assert rows.keys() == expected.keys()
-    for key, row in rows.items():
-        for name in ("logprobs", "behaviour_logprobs"):
-            np.testing.assert_allclose(row.pop(name), expected[key].pop(name), rtol=1e-5, atol=1e-6)
-        assert row == expected[key]
 
 
 ARITHMETIC = (

@@ -8,10 +8,12 @@ import pytest
 from scripted_engine import ScriptedEngine, problems, text_of
 
 from tracerl_jax.errors import ConfigError
+from tracerl_jax.evals import runner
 from tracerl_jax.evals.beside import consume_beside
 from tracerl_jax.evals.items import Items, Seconds
 from tracerl_jax.evals.runner import evaluate, protocol
 from tracerl_jax.evals.statistics import Score
+from tracerl_jax.rewards import Answers
 
 ANSWERS = [
     ([7, 2], 1, "stop"),  # right
@@ -91,6 +93,21 @@ def test_a_reward_without_notion_of_an_answer_has_no_majority():
     )  # fmt: skip
     assert list(result.scores) == ["avg@2", "pass@2"] and result.records[0]["answer"] is None
     assert result.metrics()["accuracy"] == 1.0
+
+
+def test_an_answer_that_cannot_be_extracted_casts_no_vote(monkeypatch, caplog):
+    def extract(text):
+        return str(1 // (len(text) - 1))  # of two characters only
+
+    monkeypatch.setattr(runner, "get_answers", lambda name: Answers(extract, lambda pairs: [False] * len(pairs)))
+    engine = ScriptedEngine([([8], 1, "stop"), ([7, 2], 1, "stop")])
+    result = evaluate(
+        engine, problems("8"), {}, "exact_match", options=protocol("dynamic", max_tokens=8), decode=text_of,
+        samples_per_prompt=2,
+    )  # fmt: skip
+    assert [row["answer"] for row in result.records] == [None, "1"]
+    assert result.scores["maj@2"].value == 0 and result.scores["avg@2"].value == 0.5
+    assert "casts no vote: ZeroDivisionError" in caplog.text
 
 
 def test_unknown_accuracy_is_null():

@@ -4,7 +4,7 @@
       manifest.json                    what determines the results: model files, rows, options, versions
       items/<task>.<strategy>.jsonl    finished items, in the order they finished
       times.json                       {task: {strategy: [[seconds decoding, seconds in all], ..]}}, one entry a start
-      results.json                     {task: {strategy: EvalResult.to_json()}} of what is finished
+      results.json                     {task: {strategy: EvalResult.summary() and .speed()}} of what is finished
       lock                             held by the process that writes the folder
 
 Items are appended, all else is replaced as a whole: after a kill at any point the same command goes on behind the last

@@ -15,7 +15,7 @@ from tracerl_jax.evals.beside import consume_beside
 from tracerl_jax.evals.items import Items, Seconds
 from tracerl_jax.evals.statistics import Score, scores
 from tracerl_jax.files import plain
-from tracerl_jax.rewards import get_answers, score
+from tracerl_jax.rewards import Answers, get_answers, score
 from tracerl_jax.rollout.engine import Engine
 from tracerl_jax.rollout.options import Request, SamplingOptions
 from tracerl_jax.rollout.stream import completed
@@ -155,7 +155,7 @@ def _judged(
             "index": problem.index,
             "prompt": problem.prompt_text,
             "text": texts[i],
-            "answer": answers and answers.extract(texts[i]),
+            "answer": answers and _answer(answers, texts[i]),
             "correct": None if np.isnan(verdicts[i]) else bool(verdicts[i] >= 1),
             "reward": scored.total[i],
             "rewards": {name: values[i] for name, values in scored.by_name.items()},
@@ -166,10 +166,18 @@ def _judged(
     ]  # fmt: skip
 
 
+def _answer(answers: Answers, text: str) -> str | None:
+    try:
+        return answers.extract(text)
+    except Exception as error:  # user code, as a reward is
+        logger.warning("an answer could not be extracted and casts no vote: %r", error)
+        return None
+
+
 def summarise(items: Items, k: int, accuracy_reward: str) -> EvalResult:
     """The result of items that are all there: k answers to each problem."""
     rows = sorted(items.rows, key=lambda row: (row["index"], row["sample_index"]))
-    if broken := sum(row["logprobs"] is None for row in rows):
+    if broken := sum(row["logprobs"] is None or None in row["logprobs"] for row in rows):
         logger.warning("%d of %d answers mean nothing: the model gave NaN or infinite numbers", broken, len(rows))
     problems = [rows[i : i + k] for i in range(0, len(rows), k)]
     answers = get_answers(accuracy_reward)
