@@ -26,13 +26,16 @@ from tracerl_jax.rollout.options import EngineConfig, SamplingOptions
 from tracerl_jax.rollout.pages import Allocation, PagePool, PromptPages, prompt_pages
 
 SHORTEST = 32  # tokens of the smallest length bucket
-STOP_IDS_STEP = 4  # columns by which the table of stop ids grows
+STOP_IDS_STEP = 16  # columns by which the table of stop ids grows
 PROMPTS_PER_CALL = (1, 4, 16)  # of a shard
 REFILL_SHARE = 8  # a chunk ends when one in so many slots is done
 HALVINGS = 3  # of the slots that take part in a forward, as requests run out
 # A forward costs what reading the weights costs up to about so many tokens on a device; beyond, every token costs.
 # (FLOPs over bytes: of a v5p 166, a v6e 560, an H100 295, of a CPU core and fp32 weights some tens.)
 FREE_TOKENS = {"cpu": 16, "gpu": 256, "tpu": 128}
+# Tokens of a forward up to which `auto` fuses commits, which saves a forward in d + 1. On a CPU that pays beyond free
+# tokens: at 128 of them, fused is 1.2 times as fast at width 512 and as fast at width 64 (benchmarks/rollout.py).
+FUSED_TOKENS = {**FREE_TOKENS, "cpu": 128}
 
 
 @dataclass(eq=False)
@@ -142,7 +145,7 @@ class Batch:
         self.entries: list[Entry | None] = [None] * shape.slots
         self._banned = banned
         self._shards = row_shards(model.mesh)
-        self._free_tokens = FREE_TOKENS[target_platform(None if model.mesh is None else model.mesh.devices.flat[0])]
+        self._platform = target_platform(None if model.mesh is None else model.mesh.devices.flat[0])
         self._place = None if model.mesh is None else batch_sharding(model.mesh)
         # All slots at full length, a slot's worth of prompts to keep, and the page that belongs to nobody.
         pages = config.pages or (shape.slots // self._shards + config.prefix_cache) * shape.width + 1
@@ -352,7 +355,7 @@ class Batch:
     def _part_sizes(self) -> list[int]:
         """Slots of a shard that may take part in a forward: all, a half, .. as long as fewer tokens take less time."""
         sizes = [self.shape.slots // self._shards]
-        least = self._free_tokens // (self.groups * self.shape.block_size)
+        least = FREE_TOKENS[self._platform] // (self.groups * self.shape.block_size)
         while len(sizes) <= HALVINGS and sizes[-1] > max(1, least):
             sizes.append(-(-sizes[-1] // 2))
         return sizes
@@ -385,7 +388,7 @@ class Batch:
         groups, commit = 1 + self.config.drafts, self.config.commit
         if commit == "auto":
             tokens = groups * self.shape.block_size * self.shape.slots // self._shards
-            commit = "fused" if tokens <= self._free_tokens else "separate"
+            commit = "fused" if tokens <= FUSED_TOKENS[self._platform] else "separate"
         return 1 if commit == "separate" else groups
 
     def _shard(self, n: int) -> int:

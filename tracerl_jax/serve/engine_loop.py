@@ -174,9 +174,13 @@ class EngineLoop:
         self._tell([(sample, engine_failed(), True) for sample in lost])
 
     def _tell(self, news: list[tuple[Sample, Grown | ApiError | None, bool]]) -> None:
-        """(sample, event, whether it is the last) to the event loop, all in one call."""
+        """(sample, event, whether it is the last) to the event loop, all in one call; to nobody once it has closed."""
         if news:
-            self._loop.call_soon_threadsafe(self._receive, news)
+            try:
+                self._loop.call_soon_threadsafe(self._receive, news)
+            except RuntimeError:  # a step can outlast the drain, and the loop with it
+                if not self._loop.is_closed():
+                    raise
 
     # The event loop again
 
