@@ -17,7 +17,7 @@ def get_config(arg=None):
             "name": "rl_dream_7b_math",
             "model": {"path": "Dream-v0-Instruct-7B", "dtype": "bfloat16", "remat": "full"},
             "mesh": {"data": 1, "fsdp": -1},
-            "task": {"name": "math", "path": "math_train.jsonl", "eval_path": "math500.jsonl", "template": "dream",
+            "task": {"name": "math", "path": "math_train.jsonl", "eval_path": "math500.jsonl", "template": "chat",
                      "max_prompt_tokens": 512, "on_bad_row": "skip"},
             "rollout": {
                 "prompts_per_step": 56, "samples_per_prompt": 8, "slots_per_device": 16, "max_tokens": 1024,
@@ -44,10 +44,10 @@ def get_config(arg=None):
     return config
 
 
-def like_dream(name, path, arg, template="dream", **rollout):
+def like_dream(name, path, arg, **rollout):
     """The same settings for another checkpoint, with other values of `rollout`."""
     config = get_config(arg)
     config.name = config.name.replace("rl_dream_7b_math", name)
-    config.model.path, config.task.template = path, template
+    config.model.path = path
     config.rollout.update(rollout)
     return config

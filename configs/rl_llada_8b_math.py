@@ -13,4 +13,4 @@ LLADA = {"strategy": "dynamic", "first_token": False, "confidence": "untempered"
 
 
 def get_config(arg=None):
-    return like_dream("rl_llada_8b_math", "LLaDA-8B-Instruct", arg, template="llada", **LLADA)
+    return like_dream("rl_llada_8b_math", "LLaDA-8B-Instruct", arg, **LLADA)

@@ -11,4 +11,4 @@ from tracerl_jax.configs.rl_llada_8b_math import LLADA
 
 
 def get_config(arg=None):
-    return like_dream("rl_mmada_8b_math", "MMaDA-8B-MixCoT", arg, template="llada", **LLADA)
+    return like_dream("rl_mmada_8b_math", "MMaDA-8B-MixCoT", arg, **LLADA)
