@@ -67,9 +67,9 @@ def caches(args: argparse.Namespace) -> None:
         return
     shape = f"{SLOTS} slots, prompt {PROMPT}, response {RESPONSE}, block {BLOCK}"
     print(f"{args.family}, {shape}; threshold {threshold:.3f}")
-    print("".join(f"{head:>20}" for head in rows[0]))
+    print("".join(f"{head:>23}" for head in rows[0]))
     for row in rows:
-        print("".join(f"{value:>20.2f}" if isinstance(value, float) else f"{value:>20}" for value in row.values()))
+        print("".join(f"{value:>23.2f}" if isinstance(value, float) else f"{value:>23}" for value in row.values()))
 
 
 def _requests(config: ModelConfig, **how) -> list[Request]:
@@ -80,9 +80,9 @@ def _requests(config: ModelConfig, **how) -> list[Request]:
 
 def _threshold(engine: Engine, config: ModelConfig) -> float:
     """At which steps without a cache reveal about TOKENS_PER_STEP."""
-    low, high = 0.0, 1.0
-    for _ in range(4):
-        middle = (low + high) / 2
+    low, high = 1 / config.vocab_size, 1.0
+    for _ in range(6):
+        middle = (low * high) ** 0.5
         traces = list(engine.generate(_requests(config, strategy="dynamic", threshold=middle)))
         low, high = (middle, high) if tokens_per_denoise_step(traces) > TOKENS_PER_STEP else (low, middle)
-    return (low + high) / 2
+    return (low * high) ** 0.5
