@@ -168,8 +168,7 @@ def test_results_do_not_depend_on_the_batch(config, setups, monkeypatch):
     monkeypatch.setattr(batch, "HALVINGS", 1)
     requests = draw_requests(12)
     fixed = {"max_length": 32} | config
-    alone = make_engine(1, "shifted", **fixed)
-    want = [next(alone.generate([request])) for request in requests]
+    want = list(make_engine(1, "shifted", **fixed).generate(requests))  # one after the other
     for slots, more in setups:
         engine = make_engine(slots, "shifted", **fixed, **more)
         for order in (1, -1):
