@@ -136,7 +136,8 @@ def _config(args: argparse.Namespace, model):
     settings = given(ServeConfig) | {
         "model_name": args.model_name or Path(args.model).resolve().name, "block_sizes": sizes,
         "max_length": max_length, "defaults": defaults,
-        "whole_blocks": model.block_size if model.attention_mode == "full" else None, "api_key": args.api_key or os.environ.get(KEY_VARIABLE) or None,
+        "whole_blocks": model.block_size if model.attention_mode == "full" else None,
+        "api_key": args.api_key or os.environ.get(KEY_VARIABLE) or None,
     }  # fmt: skip
     return ServeConfig(**settings)
 
