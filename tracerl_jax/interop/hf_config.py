@@ -168,8 +168,6 @@ def _value(config: Mapping[str, Any], key: Key, family: Family, source: str) -> 
         except KeyError:
             known = " or ".join(map(repr, key.ours))
             raise CheckpointError(f"{source}: {key.name} = {value!r} is not supported: only {known}") from None
-    if key.name == "rope_theta" and "rope_theta" in _rope(config):
-        return _rope(config)["rope_theta"]
     others = others_with_keys(config, family)
     remedy = f"its keys are those of model_type {' or '.join(others)}" if others else "add it, or fetch the file again"
     raise CheckpointError(
