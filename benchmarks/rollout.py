@@ -2,6 +2,7 @@
 
     python benchmarks/rollout.py                    tiny model, 32 requests of mixed length
     python benchmarks/rollout.py --size small       8 layers of width 512, vocabulary 32,000; slots 1 and 16
+    python benchmarks/rollout.py --family llada     full attention (or dream): no cache, prefix and dual cache
     python benchmarks/rollout.py --json
 
 (a)  a loop of the host, one request at a time: a jitted forward, what it says fetched, reveals chosen in numpy, a
@@ -26,6 +27,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rollout_caches import FAMILIES, caches
 
 from tracerl_jax.diffusion.trace import tokens_per_forward
 from tracerl_jax.kernels.decode import KVCache
@@ -203,10 +205,14 @@ def compare(size: str, count: int, slots: int, longest: int, args: argparse.Name
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(SIZES), default="tiny")
+    parser.add_argument("--family", choices=("sdar", *FAMILIES), default="sdar")
     parser.add_argument("--threshold", type=float, help="decode dynamically with this threshold")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if args.family != "sdar":
+        caches(args)
+        return
     rows = [row for run in RUNS[args.size] for row in compare(args.size, *run, args)]
     if args.json:
         print(json.dumps(rows, indent=2))

@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits = {field.name: field.default for field in dataclasses.fields(ServeConfig)}
     parser.set_defaults(**{
         name: value for name, value in (limits | options).items()
-        if name not in ("model_name", "block_sizes", "max_length", "defaults", "api_key")
+        if name not in ("model_name", "block_sizes", "max_length", "defaults", "whole_blocks", "api_key")
     })  # fmt: skip
 
 
@@ -135,7 +135,9 @@ def _config(args: argparse.Namespace, model):
         raise ConfigError(f"--max_length is {max_length} but the model ends at {model.max_positions}; lower it")
     settings = given(ServeConfig) | {
         "model_name": args.model_name or Path(args.model).resolve().name, "block_sizes": sizes,
-        "max_length": max_length, "defaults": defaults, "api_key": args.api_key or os.environ.get(KEY_VARIABLE) or None,
+        "max_length": max_length, "defaults": defaults,
+        "whole_blocks": model.block_size if model.attention_mode == "full" else None,
+        "api_key": args.api_key or os.environ.get(KEY_VARIABLE) or None,
     }  # fmt: skip
     return ServeConfig(**settings)
 

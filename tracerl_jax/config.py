@@ -164,6 +164,7 @@ class RolloutSection:
     denoising_steps: int | None = _doc(None, "schedule length S, default: the block size")
     strategy: str = _doc("dynamic", "reveal strategy: static, dynamic, sequential, entropy_bounded, linspace")
     score: str = _doc("confidence", "what proposals are ranked by: confidence, margin, entropy, uncertainty")
+    confidence: Literal["policy", "truncated", "untempered"] = _doc("policy", "whose probabilities scores come from")
     first_token: bool = _doc(False, "reveal the first token of a block first, alone, as Dream's sampler does")
     threshold: float = _doc(0.9, "score above which `dynamic` reveals")
     entropy_bound: float = _doc(0.35, "bound of `entropy_bounded`")

@@ -62,16 +62,11 @@ def test_rows(name, case):
         np.testing.assert_array_equal(piece.target_pos + P, np.flatnonzero(data["p_mask"][n]))
 
 
-@partial(jax.jit, static_argnames=("model", "clip", "estimator"))
-def loss_and_gradient(model, params, rows, old, advantages, weights, kl_weights, *, clip, estimator):
-    def loss(params):
-        logp, _ = packed_logprobs(model, params, rows)
-        bounds = {"clip_low": clip, "clip_high": clip, "kl_estimator": estimator}
-        surrogate, _ = policy_loss(logp, old, advantages, weights, kl_coef=0.0, **bounds)
-        kl, _ = policy_loss(logp, old, np.zeros(old.shape), kl_weights, kl_coef=1.0, **bounds)
-        return surrogate + kl, (surrogate, kl, logp)
-
-    return jax.value_and_grad(loss, has_aux=True)(params)
+@partial(jax.jit, static_argnames="model")
+def forward_and_gradient(model, params, rows, cotangent):
+    """(log-probs [N,P], parameter gradient of sum(cotangent * them)): one program for every loss."""
+    logp, pull_back = jax.vjp(lambda params: packed_logprobs(model, params, rows)[0], params)
+    return logp, *pull_back(cotangent)
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
@@ -83,10 +78,17 @@ def test_losses_and_gradients(name, case):
     counts = np.array([len(piece.target_ids) for _, piece in pieces])
     per_row = np.where(live, 1 / len(counts), 0).astype(np.float32)
     old = np.where(live, data["logp_old"][row, column], 0).astype(np.float32)
-    (loss, (surrogate, kl, logp)), grads = loss_and_gradient(
-        Model(golden.config), golden.params_new, rows, old, data["adv"][row].astype(np.float32), per_row / counts[row],
-        per_row * np.float32(meta["beta"]), clip=meta["eps"], estimator="k3" if meta["use_kl_estimator_k3"] else "k1",
-    )  # fmt: skip
+    model, estimator = Model(golden.config), "k3" if meta["use_kl_estimator_k3"] else "k1"
+    options = {"clip_low": meta["eps"], "clip_high": meta["eps"], "kl_estimator": estimator}
+
+    def loss_of(logp):
+        surrogate, _ = policy_loss(logp, old, data["adv"][row], per_row / counts[row], kl_coef=0.0, **options)
+        kl, _ = policy_loss(logp, old, 0.0 * old, per_row * meta["beta"], kl_coef=1.0, **options)
+        return surrogate + kl, (surrogate, kl)
+
+    logp, _ = forward_and_gradient(model, golden.params_new, rows, 0.0 * old)
+    (loss, (surrogate, kl)), cotangent = jax.value_and_grad(loss_of, has_aux=True)(logp)
+    _, grads = forward_and_gradient(model, golden.params_new, rows, cotangent)
     np.testing.assert_allclose(np.asarray(logp)[live], data["logp_new"][row, column][live], atol=2e-4)
     for got, want in ((loss, "loss"), (surrogate, "policy_loss"), (kl, "kl_loss")):
         np.testing.assert_allclose(got, data[want], atol=1e-4, err_msg=want)
@@ -104,5 +106,6 @@ def test_old_logprobs_are_the_samplers(name):
     rows = fill_up(pack([piece for _, piece in pieces], row_length=SHAPE[1]), SHAPE)
     live, column = rows.target_item >= 0, meta["prompt_len"] + rows.target_pos
     column = column - (data["rollout_logp"].shape[1] < meta["length"])
-    old = np.asarray(jax.jit(partial(packed_logprobs, Model(golden.config)))(golden.params, rows)[0])
+    nothing = np.zeros(live.shape, np.float32)
+    old = np.asarray(forward_and_gradient(Model(golden.config), golden.params, rows, nothing)[0])
     np.testing.assert_allclose(old[live], data["rollout_logp"][rows.target_item, column][live], atol=2e-4)

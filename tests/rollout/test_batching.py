@@ -93,7 +93,7 @@ def test_forwards_go_on_with_the_slots_that_are_left(monkeypatch, expected):
         taking_part.append(len(args[3].seed) if args[7] is None else len(args[7]))
         return decode(*args)
 
-    monkeypatch.setattr(batch, "decode", watched)
+    monkeypatch.setattr(batch.Batch, "run", staticmethod(watched))
     engine = make_engine(24, commit="separate")
     for trace, want in zip(engine.generate(REQUESTS), expected, strict=True):
         assert_same(trace, want, atol=1e-4)

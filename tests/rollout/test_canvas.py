@@ -126,7 +126,9 @@ GREEDY = [
 
 
 @pytest.mark.parametrize(("alignment", "config"), [
-    *(("shifted", config) for config in CACHES), ("same_position", CACHES[0]), ("same_position", CACHES[-1]),
+    ("shifted", CACHES[0]), ("shifted", CACHES[-1]), ("same_position", CACHES[2]),
+    *(pytest.param("shifted", config, marks=pytest.mark.slow) for config in CACHES[1:-1]),
+    *(pytest.param("same_position", config, marks=pytest.mark.slow) for config in CACHES[::6]),
 ], ids=str)  # fmt: skip
 def test_engine_decodes_as_a_loop_of_dense_forwards(alignment, config):
     stops = [(11, 30), None, (5, 22, 40, 41, 50)]
@@ -157,14 +159,17 @@ def draw_requests(count):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("config", [{}, {"cache": "dual", "horizon": 6, "refresh": 2}], ids=str)
-def test_results_do_not_depend_on_the_batch(config, monkeypatch):
+@pytest.mark.parametrize(("config", "setups"), [
+    ({"cache": "dual", "horizon": 6, "refresh": 2}, [(5, {"forwards_per_chunk": 2, "pages": 17, "page_size": 4})]),
+    *(pytest.param(config, [(3, {"forwards_per_chunk": 5}), (16, {"page_size": 8})], marks=pytest.mark.slow)
+      for config in CACHES),
+], ids=str)  # fmt: skip
+def test_results_do_not_depend_on_the_batch(config, setups, monkeypatch):
     monkeypatch.setattr(batch, "HALVINGS", 1)
     requests = draw_requests(12)
     fixed = {"max_length": 32} | config
-    alone = make_engine(1, "shifted", **fixed)
-    want = [next(alone.generate([request])) for request in requests]
-    for slots, more in ((5, {"forwards_per_chunk": 2, "pages": 17, "page_size": 4}), (16, {"page_size": 8})):
+    want = list(make_engine(1, "shifted", **fixed).generate(requests))  # one after the other
+    for slots, more in setups:
         engine = make_engine(slots, "shifted", **fixed, **more)
         for order in (1, -1):
             for trace, one in zip(engine.generate(requests[::order]), want[::order], strict=True):
@@ -175,13 +180,11 @@ def test_results_do_not_depend_on_the_batch(config, monkeypatch):
 def test_a_cache_made_anew_at_every_step_is_exact():
     requests = draw_requests(8)
     exact = list(make_engine().generate(requests))
-    for cache in ("prefix", "dual"):
-        for trace, one in zip(make_engine(cache=cache, refresh=1).generate(requests), exact, strict=True):
-            assert_same(trace, one)
-    stale = list(make_engine(cache="prefix", horizon=4).generate(requests))
-    assert any(not np.array_equal(trace.ids, one.ids) for trace, one in zip(stale, exact, strict=True))
+    for trace, one in zip(make_engine(cache="dual", refresh=1).generate(requests), exact, strict=True):
+        assert_same(trace, one)
 
 
+@pytest.mark.slow
 def test_on_a_mesh():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     model = Model(MODELS["shifted"].config, mesh=mesh)
@@ -194,11 +197,13 @@ def test_on_a_mesh():
         assert_same(trace, one)
 
 
+@pytest.mark.slow
 def test_int8_cache_stays_near():
-    requests = [Request(PROMPTS[0], SamplingOptions("sequential", max_tokens=8, temperature=0.0, top_k=1))]
+    requests = [Request(PROMPTS[0], SamplingOptions("static", denoising_steps=2, max_tokens=4, temperature=0.0))]
     (exact,) = make_engine(cache="dual", horizon=4).generate(requests)
     (rounded,) = make_engine(cache="dual", horizon=4, kv_dtype="int8").generate(requests)
-    assert abs(exact.logprobs[0] - rounded.logprobs[0]) < 0.1
+    np.testing.assert_allclose(exact.logprobs, rounded.logprobs, atol=0.1)
+    assert (exact.logprobs != rounded.logprobs).any()
 
 
 def test_blocks_are_seen_as_they_finish_and_requests_can_be_cancelled():
@@ -227,6 +232,7 @@ def test_new_weights_and_memory():
     assert not np.array_equal(before.logprobs, after.logprobs)
 
 
+@pytest.mark.slow
 def test_warm_up_decodes():
     engine = make_engine(2, cache="dual", horizon=8, max_length=64)
     warm_up(engine, [SamplingOptions(temperature=0.0)], prompt_tokens=4)

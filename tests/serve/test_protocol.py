@@ -1,5 +1,7 @@
 """What a body may ask, and how everything else is refused."""
 
+import dataclasses
+
 import pytest
 
 from tracerl_jax.rollout.engine import SamplingOptions
@@ -33,6 +35,16 @@ def test_what_is_not_said_comes_from_the_server_and_null_says_nothing(parse):
     options = parse("completions", temperature=None, stop=None, tools=None, logit_bias=None).options[0]
     assert (options.max_tokens, options.threshold, options.temperature) == (16, 0.8, 1.0)
     assert parse("completions", prompt="x" * 60).options[0].max_tokens == 4  # what is left
+
+
+def test_completions_of_full_attention_are_whole_blocks_where_nothing_is_said(tokenizer, engine):
+    config = dataclasses.replace(CONFIG, whole_blocks=4)
+
+    def tokens(**body):
+        return parse_call("completions", body, tokenizer, config, engine.check).options[0].max_tokens
+
+    assert (tokens(prompt="hi"), tokens(prompt="x" * 51), tokens(prompt="x" * 51, block_size=8)) == (16, 12, 8)
+    assert tokens(prompt="hi", max_tokens=7) == 7  # the engine's to refuse
 
 
 def test_messages_in_every_form_become_the_template(parse, tokenizer):

@@ -12,7 +12,7 @@ import pytest
 import tiny_runs
 from tiny_runs import FULL, assert_same_run, config_file, metric_rows, run_and_die, saved_state, tiny
 
-from tracerl_jax.errors import ConfigError
+from tracerl_jax.errors import ConfigError, UserError
 from tracerl_jax.interop.hf_load import load_hf, stored_dtype
 from tracerl_jax.interop.hf_save import save_hf
 from tracerl_jax.interop.names import leaves_by_path
@@ -215,10 +215,12 @@ SHORT = {"sft__steps": 0, "rl__steps": 1, "eval__strategies": [], "rl__old_logpr
             "model__dtype": "bfloat16", "rollout__top_k": 5, "rollout__kv_dtype": "int8",
             "rl__importance_sampling": "token",
         },
+        {"model__preset": "tiny_dream", "rollout__first_token": True, "rollout__cache": "dual", "rl__shrink": 2},
+        pytest.param({"model__preset": "tiny_llada", "rl__method": "coupled"}, marks=pytest.mark.slow),
         pytest.param({"rl__method": "random_masking", "rl__epochs": 2}, marks=pytest.mark.slow),
         pytest.param({"rl__shrink": 2, "rl__normaliser": "constant"}, marks=pytest.mark.slow),
     ],
-    ids=["coupled", "block_enlargement", "bfloat16", "random_masking", "shrink"],
+    ids=["coupled", "block_enlargement", "bfloat16", "dream", "llada_coupled", "random_masking", "shrink"],
 )
 def test_variants_update(tmp_path, changes):
     config = tiny(tmp_path, **SHORT | changes)
@@ -288,3 +290,24 @@ def test_a_run_cut_short_summarises_where_it_ends(whole, tmp_path):
     train(tiny(tmp_path, **FULL))
     assert read_json(run / "summary.json")["eval"]["after"] == after
     assert metric_rows(run) == metric_rows(whole)
+
+
+@pytest.mark.parametrize("preset", ["tiny_llada", pytest.param("tiny_dream", marks=pytest.mark.slow)])
+def test_replay_of_full_attention_is_the_rollout(tmp_path, preset):
+    train(tiny(tmp_path, **SHORT | {"model__preset": preset, "value__enabled": True}))
+    rows = [row for row in metric_rows(tmp_path / "run") if row["phase"] == "rl"]
+    assert all(row["replay/logprob_gap_max"] < 1e-4 for row in rows)
+    assert all(row["policy/grad_norm"] > 0 and row["value/grad_norm"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"rollout__max_tokens": 10}, "rollout: max_tokens 10 is no multiple of block_size 4"),
+    ({"rollout__cache": "dual", "rollout__horizon": 3}, "rollout: horizon 3 is smaller than block_size 4"),
+    ({"eval__max_tokens": 9}, r"eval \(dynamic\): max_tokens 9 is no multiple"),
+    ({"rl__row_length": 8}, "rl.row_length is 8, but a full-attention model is trained on whole canvases"),
+    ({"rl__block_size": 4}, "rl.block_size is for block-causal models"),
+])  # fmt: skip
+def test_decoding_that_cannot_work_is_refused_before_anything_runs(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        train(tiny(tmp_path, **{"model__preset": "tiny_llada"} | changes))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

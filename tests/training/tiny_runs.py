@@ -33,6 +33,10 @@ from tracerl_jax.training import run as run_module
 PRESETS["tiny_run"] = PRESETS["sdar_tiny"].replace(
     width=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=32
 )
+for _family in ("dream", "llada"):  # full attention; Dream's logits are shifted
+    PRESETS[f"tiny_{_family}"] = PRESETS[f"{_family}_demo"].replace(
+        width=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=32, block_size=4
+    )
 # Everything that has a state of its own: two models, a frozen reference, several updates a step.
 FULL = {"value__enabled": True, "rl__kl_to": "reference", "rl__minibatches": 2, "rl__epochs": 2}
 TIMES = ("seconds/", "_seconds", "tokens_per_second")  # metrics that differ between equal runs

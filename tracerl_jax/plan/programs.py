@@ -136,6 +136,9 @@ def _rollout_programs(
     config: RunConfig, model: Model, resident: dict[str, Any], workload: Workload
 ) -> list[PlannedProgram]:
     """Where rollouts overlap with updates, their weights and cache are added to `resident`."""
+    if model.config.attention_mode == "full":
+        raise ConfigError("the rollout of a full-attention model cannot be planned yet; with rl.steps=0 its supervised "
+                          "training can")  # fmt: skip
     section, samples, policy = config.rollout, _samples(config), resident["policy"]
     slots, shards = section.slots_per_device * row_shards(model.mesh), row_shards(model.mesh)
     # The vocabulary is the model's: only a tokenizer would know of padding at its end.

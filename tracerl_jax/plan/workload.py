@@ -6,7 +6,7 @@ import numpy as np
 
 from tracerl_jax.config import RunConfig
 from tracerl_jax.diffusion.grid import round_up
-from tracerl_jax.diffusion.reveal import SEQUENTIAL, STATIC, strategy_code
+from tracerl_jax.diffusion.reveal import LINSPACE, SEQUENTIAL, STATIC, strategy_code
 from tracerl_jax.diffusion.trace import Trace
 from tracerl_jax.errors import ConfigError
 
@@ -51,7 +51,7 @@ def assume(
     """
     rollout = config.rollout
     if tokens_per_step is None:
-        scheduled = strategy_code(rollout.strategy) in (STATIC, SEQUENTIAL)
+        scheduled = strategy_code(rollout.strategy) in (STATIC, SEQUENTIAL, LINSPACE)
         steps = min(rollout.denoising_steps or block_size, block_size)
         tokens_per_step = block_size / steps if scheduled else min(TOKENS_PER_STEP, block_size)
     found = Workload(

@@ -13,6 +13,7 @@ MAX_SAMPLE_BYTES = 16 * 2**20
 SAMPLE_KEYS = (
     "name", "step", "phase", "prompt", "text", "ids", "step_map", "logprobs", "tail_ids", "tail_step_map", "block_size",
     "reward", "rewards", "accuracy", "stop_reason", "ground_truth", "tokens", "prompt_tail", "tail_tokens", "forwards",
+    "canvas_len",
 )  # fmt: skip
 
 
@@ -34,11 +35,11 @@ def trace_row(trace: Trace, prompt: str, text: str, tokenizer=None) -> dict[str,
     """`Trace.to_row` with its text and that of its tokens.
 
     `tokens` holds the decoded piece of each id of `ids`, `tail_tokens` those of `tail_ids`, and `prompt_tail` those of
-    the last p mod B prompt tokens, which share a block with the response.
+    the last p mod B prompt tokens, which share a block with the response (none of a full-attention model).
     """
     canvas = [*trace.prompt_ids.tolist(), *trace.ids.tolist(), *trace.tail_ids.tolist()]
     p, r = len(trace.prompt_ids), len(trace.ids)
-    head = p - p % trace.block_size
+    head = p if trace.canvas_len else p - p % trace.block_size
     pieces = decode_pieces(tokenizer, canvas[head:])
     return {
         "prompt": prompt, "text": text, **trace.to_row(), "prompt_tail": pieces[: p - head],

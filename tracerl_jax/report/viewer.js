@@ -1,6 +1,7 @@
 // The trace viewer: the canvases of one or several samples at one denoise step.
 //
-//   prompt tail | block | block | ...      edges lie on the absolute grid: positions that are multiples of B
+//   prompt tail | block | block | ...      edges lie on the absolute grid: positions that are multiples of B; of
+//                                          full-attention models they are counted from the end of the prompt
 //
 // Every token keeps its width while it is masked, so that nothing moves when it is revealed.
 const MOST_PANES = 6;
@@ -29,9 +30,9 @@ function canvasOf(sample) {
   add(sample.ids, sample.step_map, sample.tokens, sample.logprobs, p, "");
   add(sample.tail_ids, sample.tail_step_map, sample.tail_tokens, null, p + sample.ids.length, "beyond");
   // Rank of a token's step among the steps of its block: 1 for what was revealed first.
-  const blocks = new Map();
+  const blocks = new Map(), first = sample.canvas_len ? p : 0;
   for (const token of tokens) {
-    token.block = sample.block_size ? Math.floor(token.position / sample.block_size) : 0;
+    token.block = sample.block_size ? Math.floor((token.position - first) / sample.block_size) : 0;
     if (token.step) blocks.set(token.block, (blocks.get(token.block) || new Set()).add(token.step));
   }
   for (const token of tokens) {
@@ -167,7 +168,7 @@ function makePane(index, shared) {
     },
   });
   tokens.forEach((token, i) => {
-    if (i && sample.block_size && token.position % sample.block_size === 0) {
+    if (i && token.block !== tokens[i - 1].block) {
       pane.canvas.append(el("span", { class: "edge", title: `block ${token.block} starts at position ${token.position}` }));
     }
     token.node = el("span", { class: `tok ${token.kind}`, "data-i": i, text: token.text.replace(/\n/g, "↵") || "·" });

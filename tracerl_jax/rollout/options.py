@@ -24,7 +24,6 @@ class SamplingOptions:
     """
 
     strategy: str = "dynamic"  # static, dynamic, sequential, entropy_bounded, linspace; see diffusion/reveal.py
-    score: str = "confidence"  # what static, dynamic and linspace rank by: confidence, margin, entropy, uncertainty
     threshold: float = 0.9  # dynamic: reveal what has a higher score
     entropy_bound: float = 0.35  # entropy_bounded: nats per denoise step
     denoising_steps: int | None = None  # per block, at least 1; None = block_size, that is one token at a time
@@ -38,9 +37,10 @@ class SamplingOptions:
     # What probabilities scores come from: the policy's, those that top-k and top-p leave ("truncated", as in SDAR's and
     # Dream's reference samplers), or the model's at temperature 1 ("untempered", as in LLaDA's).
     confidence: str = "policy"
+    stop_ids: tuple[int, ...] | None = None  # stop at these too
+    score: str = "confidence"  # what static, dynamic and linspace rank by: confidence, margin, entropy, uncertainty
     first_token: bool = False  # the first step of a block reveals its first position alone, as Dream's sampler does
     pad_penalty: float = 1.0  # a proposal of the pad token counts so many times worse; 1 = off
-    stop_ids: tuple[int, ...] | None = None  # stop at these too
 
     def __post_init__(self) -> None:
         strategy_code(self.strategy)

@@ -14,6 +14,7 @@ class ServeConfig:
     block_sizes: tuple[int, ...]  # that clients may ask for; each has programs of its own and waits for empty slots
     max_length: int  # tokens of prompt and completion, the engine's
     defaults: SamplingOptions = field(default_factory=SamplingOptions)  # where a request does not say
+    whole_blocks: int | None = None  # of a full-attention model, whose completions are whole blocks: its block size
     api_key: str | None = None
     slots: int = 32  # the engine's
     max_queue: int = 256  # samples waiting for a slot; beyond, 429

@@ -227,7 +227,7 @@ def _options(body: Mapping, prompt: tuple[int, ...], config: ServeConfig) -> Sam
     room = config.max_length - len(prompt)
     if config.max_completion_tokens is not None:
         room = min(room, config.max_completion_tokens)
-    values.setdefault("max_tokens", min(config.defaults.max_tokens, room))
+    values.setdefault("max_tokens", _default_max_tokens(values.get("block_size"), config, room))
     # OpenAI's seeds are signed and of 64 bits. Without one, every request is a new draw.
     seed = values.get("seed", secrets.randbits(32))
     values["seed"] = seed % 2**32 if type(seed) is int else seed
@@ -249,6 +249,14 @@ def _options(body: Mapping, prompt: tuple[int, ...], config: ServeConfig) -> Sam
         allowed = ", ".join(map(str, config.block_sizes))
         raise bad_request(f"block_size is {options.block_size}; this server has {allowed}", "block_size")
     return options
+
+
+def _default_max_tokens(block_size: object, config: ServeConfig, room: int) -> int:
+    limit = min(config.defaults.max_tokens, room)
+    if config.whole_blocks is None:
+        return limit
+    B = block_size if block_size in config.block_sizes else config.defaults.block_size or config.whole_blocks
+    return max(limit - limit % B, B)
 
 
 def _stops(body: Mapping) -> tuple[str, ...]:

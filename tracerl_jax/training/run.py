@@ -326,8 +326,8 @@ def engine_config(section: RolloutSection, slots: int, valid_vocab: int | None =
 
 def rollout_options(section: RolloutSection, seed: int) -> SamplingOptions:
     """How RL decodes at a stage of the run. Raises ConfigError naming the key."""
-    names = ("strategy", "score", "first_token", "threshold", "entropy_bound", "denoising_steps", "block_size",
-             "max_tokens", "temperature", "top_k", "top_p")  # fmt: skip
+    names = ("strategy", "score", "confidence", "first_token", "threshold", "entropy_bound", "denoising_steps",
+             "block_size", "max_tokens", "temperature", "top_k", "top_p")  # fmt: skip
     try:
         return SamplingOptions(**{name: getattr(section, name) for name in names}, seed=seed)
     except ConfigError as error:
