@@ -105,6 +105,8 @@ FURTHER = [  # gold, answer, whether they are the same
     ("12\\pi", "12\\pi\\text{ square units}", 1.0),
     ("2\\sqrt{3} \\text{ m}", "\\sqrt{12}\\text{ cm}", 0.0),
     ("(3+\\sqrt{5},-1)", "(3,-1)", 0.0),
+    ("(3,1)", "\\emptyset", 0.0),
+    ("\\emptyset", "(3,1)", 0.0),
     ("(3+\\sqrt{4},-\\sqrt{1})", "(5,-1)", 1.0),
     ("(\\frac{1}{6},\\frac{1}{6})", "(\\frac{1}{\\sqrt{2}},\\frac{1}{\\sqrt{2}})", 0.0),
     ("(-\\sqrt{8},\\sqrt{8}]", "(-2\\sqrt{2},2\\sqrt{2}]", 1.0),

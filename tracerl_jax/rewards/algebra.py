@@ -4,7 +4,7 @@ Runs in worker processes (worker_pool.py): sympy can take for ever on a short te
 math-verify:
 
 - a one-variable inequality equals the interval or union it describes, either way round;
-- points and intervals with the same brackets are compared element by element (as sets (3,1) and (2,1) are empty);
+- points and intervals with the same brackets are compared element by element, and (3,1) is no empty interval;
 - a unit at the end may be left out, but not replaced by another one;
 - degrees are radians, `i` is the imaginary unit where no other letter occurs, \Pi is not \pi;
 - decimals are exact, to 15 places: 0.333333 is not 1/3.
@@ -138,11 +138,9 @@ def _same_set(gold: object, predictions: list) -> bool:
 
 
 def _real_set(value: object):
-    """The real numbers that a set, an open interval written as a pair, or inequalities of one letter describe."""
+    """The real numbers that a set, or inequalities of one letter, describe; None for anything else, such as a point."""
     import sympy
 
-    if isinstance(value, sympy.Tuple) and len(value) == 2 and all(item.is_extended_real for item in value):
-        return sympy.Interval.open(*value)
     if isinstance(value, sympy.Set):
         if value.args and all(isinstance(item, sympy.And | sympy.core.relational.Rel) for item in value.args):
             parts = [_real_set(item) for item in value.args]  # x < 1 or x > 2
