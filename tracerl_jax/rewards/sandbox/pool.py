@@ -143,7 +143,7 @@ class Sandbox:
                     worker = None
                 if reply.status != "broken":
                     return reply
-                logger.debug("the sandbox failed: %s %s", reply.detail, said)
+                logger.warning("a sandbox failed and is replaced: %s %s", reply.detail, said)
             # Whose fault is it? When others run, the program's.
             worker = self._start()
             if self._try(worker, Job("print(1)", 5.0)).output == "1\n":

@@ -103,7 +103,7 @@ def make_root(paths: list[str], hidden: list[str], shown: list[str]) -> None:
         for path in shown:
             _show(path)
         for path in hidden:
-            call("mount", None, path, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV)
+            call("mount", None, path, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV, None)
         os.mkdir("/dev")
         for device in ("/dev/null", "/dev/zero", "/dev/urandom"):
             os.close(os.open(device, os.O_CREAT))

@@ -3,9 +3,9 @@
 Conversation on standard input and output: first the settings, then per job two messages in and one out. The second
 message holds the tests; only the judge reads it, when the program's process is already apart.
 
-Settings: `packages` that can be imported, from `site_folders` (default: this Python's); `scratch`, where to make scratch
-folders; `filter` (BPF, hex, or ""); `namespaces`, whether to try them; `required`, the names without which nothing is
-run.
+Settings: `packages` that can be imported, from `site_folders` (default: this Python's); `scratch`, where to make
+scratch folders; `filter` (BPF, hex, or ""); `namespaces`, whether to try them; `required`, the names without which
+nothing is run.
 Job: `kind` "script" or "function", `program`, `input`, `cpu_seconds`, `wait_seconds`, `memory_bytes`; its second
 message: see examine.py, or null. Reply: `status`, `detail` and more, and what isolation `held` and what it `lacks`.
 """
@@ -53,7 +53,9 @@ def serve() -> Callable[[], None] | None:
             job = read_frame(JOBS)
         except EOFError:
             return None
-        folder = tempfile.mkdtemp(prefix=f"program-{os.getpid()}-", dir=settings["scratch"])  # used where there is no mount namespace
+        folder = tempfile.mkdtemp(
+            prefix=f"program-{os.getpid()}-", dir=settings["scratch"]
+        )  # used where there is no mount namespace
         reply_read, reply_write = os.pipe()
         gate = os.fork()
         if gate == 0:
@@ -63,6 +65,8 @@ def serve() -> Callable[[], None] | None:
         reply = _wait(reply_read, gate)
         shutil.rmtree(folder, ignore_errors=True)
         write_frame(REPLIES, reply)
+        if reply["status"] == "broken":  # who knows how far the judge has read
+            return None
 
 
 def _wait(reply_fd: int, gate: int) -> dict:
