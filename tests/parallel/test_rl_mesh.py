@@ -55,7 +55,7 @@ def rl_step(model, learner):
     """Rollout, values, value update and policy update; everything they give, on the host."""
     options = [SamplingOptions("dynamic", threshold=0.1, max_tokens=9), SamplingOptions(max_tokens=6, temperature=0.0)]
     requests = [Request(prompt, option, i) for prompt in PROMPTS for option in options for i in range(2)]
-    traces = list(Engine(model, learner.policy.params, EngineConfig(16)).generate(requests))
+    traces = list(Engine(model, learner.policy.params, EngineConfig(16, commit="separate")).generate(requests))
     samples = [
         Sample(Problem(0, "", trace.prompt_ids, {}), trace, "", 0, 0.0, {}, 1.0, advantage=(-1) ** i * 0.5)
         for i, trace in enumerate(traces)

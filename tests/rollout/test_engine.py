@@ -234,7 +234,7 @@ def test_sharded_engine_gives_the_same_traces():
 
 
 def test_length_and_slot_buckets():
-    lengths = [batch_module._length_bucket(n) for n in (0, 1, 32, 33, 48, 49, 64, 65, 97, 150)]
+    lengths = [batch_module.length_bucket(n) for n in (0, 1, 32, 33, 48, 49, 64, 65, 97, 150)]
     assert lengths == [32, 32, 32, 48, 48, 64, 64, 96, 128, 192]
     slots = [batch_module._fraction_bucket(n, 64, 4) for n in (1, 2, 4, 5, 16, 17, 64, 99)]
     assert slots == [1, 4, 4, 16, 16, 64, 64, 64]

@@ -178,7 +178,7 @@ def test_more_steps_continue_a_finished_run(whole, tmp_path):
 def test_a_finished_run_only_tells_its_results(whole, tmp_path, monkeypatch):
     run = copy_of(whole, tmp_path)
     # Nothing can be decoded, so nothing is evaluated or trained.
-    monkeypatch.setattr(run_module.Run, "engine", lambda self, params: None)
+    monkeypatch.setattr(run_module.Engine, "generate", None)
     train(tiny(tmp_path, **FULL))
     assert_same_run(run, whole)
 

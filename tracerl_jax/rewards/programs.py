@@ -14,7 +14,7 @@ def extract_program(completion: str, prefix: str = "") -> str:
     `prefix` is what the completion continues: prose and an open block, or the first lines of a program. When the block
     does not contain them, the imports and helper functions of the prefix are put before it.
     """
-    text = prefix + completion
+    text = completion if completion.startswith(prefix) else prefix + completion  # a trained prefix is part of it
     program, start = _code(text), _code(prefix)
     if start.strip() and start not in program and "from __future__" not in program:
         return f"{preamble(prefix)}\n{textwrap.dedent(program)}"
