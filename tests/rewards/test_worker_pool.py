@@ -128,7 +128,8 @@ def test_close_ends_the_workers(pool):
 
 
 OWNER = f"""
-import atexit
+import atexit, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 from tracerl_jax.rewards.worker_pool import WorkerPool
 if __name__ == "__main__":
     pool = WorkerPool({MODULE!r}, workers=2, cpu_seconds=1.0)
