@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from tracerl_jax.errors import ConfigError
+from tracerl_jax.errors import ConfigError, DataError, UserError
 
 HELP = """Decode the problems of tasks with a model folder, judge the answers, and report accuracy with standard errors,
 tokens per denoise step and per forward, and speed. dynamic reveals what is more confident than the threshold, at
@@ -40,14 +40,14 @@ COLUMNS = (  # heading, key of the result, format
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from tracerl_jax.launch.common import add_engine_flags
+    from tracerl_jax.launch.common import add_engine_flags, add_reward_settings
 
     flag = parser.add_argument
     flag("--model", required=True, metavar="DIR", help="Hugging Face folder with weights and tokenizer")
-    flag("--tasks", required=True, help="comma-separated: arithmetic, gsm8k, math, math500, jsonl, ..")
-    flag("--path", action="append", metavar="TASK=FILE", help="held-out rows of a task that is read from a file")
+    flag("--tasks", required=True, help="comma-separated, such as gsm8k,math500,humaneval (all: docs/tasks.md)")
+    flag("--path", action="append", metavar="TASK=SOURCE", help="held-out rows: file, hub:.. or package:..")
     flag("--options", action="append", metavar="TASK=K=V,..", help="e.g. arithmetic=max_operands=4,digits=3")
-    flag("--template", help="plain, chat, math, math_think or a text with {question} (default: each task's own)")
+    flag("--template", help="plain, chat, sdar, dream, llada, .., or a text with {question} (default: each task's own)")
     flag("--strategies", default="dynamic,static", help="comma-separated (default: %(default)s)")
     flag("--limit", action="append", metavar="[TASK=]N", help="only the first N problems")
     flag("--samples", action="append", metavar="[TASK=]K", help="answers per problem (default: 1; greedy: always 1)")
@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--on_bad_row", choices=("fail", "skip"), default="fail", help="unusable rows (default: %(default)s)")
     flag("--output", metavar="DIR", help="folder for results.json, every answer, and what is needed to go on")
     flag("--overwrite", action="store_true", help="forget what is in --output")
+    add_reward_settings(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,11 +69,12 @@ def run(args: argparse.Namespace) -> int:
     from tracerl_jax.evals.manifest import make_manifest
     from tracerl_jax.evals.runner import evaluate, protocol, samples_of
     from tracerl_jax.interop.tokenizer import decode
-    from tracerl_jax.launch.common import engine_config
+    from tracerl_jax.launch.common import apply_reward_settings, engine_config
     from tracerl_jax.rewards import start_rewards
     from tracerl_jax.rollout.folder import load_weights, open_engine
 
     _require_positive(args, "max_tokens", "max_prompt_tokens", "slots")
+    apply_reward_settings(args)
     samples = _per_task(args, "samples", 1, _positive)
     strategies = {
         name: protocol(
@@ -136,6 +138,7 @@ def _load_tasks(args: argparse.Namespace) -> dict[str, Any]:
 
 def _problems(args: argparse.Namespace, task, engine, tokenizer, strategies: Iterable) -> list:
     """The task's held-out rows as prompts, none of which the engine will refuse."""
+    from tracerl_jax.data.jsonl import BadRows
     from tracerl_jax.data.prompts import encode_prompts
     from tracerl_jax.data.tasks import SOURCE
     from tracerl_jax.rollout.options import Request
@@ -143,11 +146,20 @@ def _problems(args: argparse.Namespace, task, engine, tokenizer, strategies: Ite
     problems = encode_prompts(
         task.test, tokenizer, task.template, args.max_prompt_tokens, on_bad_row=args.on_bad_row
     )
+    kept, bad = [], BadRows(args.on_bad_row)
     for problem in problems:
         where = problem.columns.get(SOURCE) or f"{task.name}, row {problem.index + 1}"
-        for options in strategies:
-            engine.check(Request(problem.prompt_ids, options), where)
-    return problems
+        try:
+            for options in strategies:
+                engine.check(Request(problem.prompt_ids, options), where)
+        except UserError as error:
+            bad.add(str(error), "correct it")
+        else:
+            kept.append(problem)
+    bad.report(len(kept))
+    if not kept:
+        raise DataError(f"{task.name}: the model can take none of the {len(problems)} problems")
+    return kept
 
 
 Value = TypeVar("Value")

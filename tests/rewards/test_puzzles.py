@@ -81,6 +81,7 @@ def test_sudoku(puzzle, completion, right):
 @pytest.mark.parametrize(
     "completion, right",
     [
+        ("The answer is B because it is hot.", True),
         ("\\boxed{B}", True),
         ("\\boxed{b}", True),
         ("\\boxed{\\text{(B)}}", True),

