@@ -46,7 +46,7 @@ def options(draw):
     )
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     st.integers(0, 1000), st.sampled_from([1, 4, 6]), st.lists(options(), min_size=BATCH, max_size=BATCH),
     st.lists(st.integers(1, 13), min_size=BATCH, max_size=BATCH),

@@ -159,7 +159,8 @@ def run(folder, name, mesh, **rl):
 OVERLAP = {"overlap": "one_step_off", "old_logprobs": "recompute", "importance_sampling": "token"}
 
 
-@pytest.mark.parametrize("rl", [{}, pytest.param(OVERLAP, marks=pytest.mark.slow)], ids=["in turn", "overlapped"])
+@pytest.mark.slow
+@pytest.mark.parametrize("rl", [{}, OVERLAP], ids=["in turn", "overlapped"])
 def test_a_run_on_2x2x2_is_the_run_on_one_device(tmp_path, monkeypatch, rl):
     metrics, samples = run(tmp_path, "mesh", (2, 2, 2), **rl)
     one_device = functools.partial(make_mesh, devices=jax.devices()[:1])

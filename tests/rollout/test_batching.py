@@ -55,7 +55,8 @@ def expected():
     {"slots": 3, "commit": "separate"}, {"slots": 3, "commit": "fused", "forwards_per_chunk": 1},
     {"slots": 64, "commit": "fused"}, {"slots": 3, "commit": "separate", "forwards_per_chunk": 3, "pages": 8},
     {"slots": 5, "commit": "fused", "prefix_cache": False, "page_size": 64},
-    {"slots": 9, "commit": "fused", "drafts": 2}, {"slots": 24, "commit": "fused", "drafts": 3},
+    pytest.param({"slots": 9, "commit": "fused", "drafts": 2}, marks=pytest.mark.slow),
+    pytest.param({"slots": 24, "commit": "fused", "drafts": 3}, marks=pytest.mark.slow),
 ], ids=str)  # fmt: skip
 def test_slots_chunks_pages_prefixes_and_commits_change_nothing(config, expected):
     engine, atol = make_engine(**config), 1e-4 if config["commit"] == "fused" else 1e-5

@@ -100,6 +100,7 @@ def in_the_thread(patch, step, action):
     patch.setattr(rollouts.OneStepOff, "_make", make)
 
 
+@pytest.mark.slow
 def test_signals_wait_for_the_rollout_and_the_same_command_goes_on_to_the_same_bits(whole_ahead, tmp_path, capsys):
     command = ["rl", "--config", config_file(tmp_path / "config.py", **AHEAD)]
     run = tmp_path / "run"
