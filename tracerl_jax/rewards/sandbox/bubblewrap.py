@@ -15,13 +15,13 @@ def command(bwrap: str, site_folders: Sequence[str], packages: Sequence[str]) ->
     executable = os.path.realpath(sys.executable)
     runtime = find_runtime([os.path.realpath(folder) for folder in site_folders], list(packages))
     arguments = [bwrap, "--unshare-all", "--die-with-parent", "--new-session", "--dev", "/dev"]
+    arguments += ["--size", str(SCRATCH_BYTES), "--tmpfs", SCRATCH]
     for path in runtime.paths:
         arguments += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
     for path in runtime.hidden:
         arguments += ["--tmpfs", path]
     for path in (*runtime.shown, executable):
         arguments += ["--ro-bind", path, path]
-    arguments += ["--size", str(SCRATCH_BYTES), "--tmpfs", SCRATCH]
     for path in ("/", *runtime.hidden):
         arguments += ["--remount-ro", path]
     arguments += ["--clearenv", "--setenv", "PYTHONHASHSEED", "0", "--setenv", "PYTHONUTF8", "1"]

@@ -12,7 +12,7 @@ import sys
 NAMESPACES = {"user": 0x10000000, "mount": 0x20000, "pid": 0x20000000, "network": 0x40000000, "ipc": 0x8000000,
               "uts": 0x4000000}  # fmt: skip
 FIRST_UID = 1 << 30  # of programs; beyond what anybody uses
-SCRATCH = "/tmp"
+SCRATCH = "/scratch"
 SCRATCH_BYTES = 64 << 20
 OPEN_FILES = 64
 PROCESSES = 64  # threads count
@@ -96,6 +96,9 @@ def make_root(paths: list[str], hidden: list[str], shown: list[str]) -> None:
     call("pivot_root", "/tmp", "/tmp/.old")
     os.chdir("/")
     try:
+        os.mkdir(SCRATCH)
+        options = f"size={SCRATCH_BYTES},nr_inodes=4096,mode=1777"
+        call("mount", "tmpfs", SCRATCH, "tmpfs", MS_NOSUID | MS_NODEV, options)
         for path in paths:
             _show(path)
         for path in hidden:
@@ -108,9 +111,6 @@ def make_root(paths: list[str], hidden: list[str], shown: list[str]) -> None:
         for device in ("/dev/null", "/dev/zero", "/dev/urandom"):
             os.close(os.open(device, os.O_CREAT))
             call("mount", f"/.old{device}", device, None, MS_BIND, None)
-        os.mkdir(SCRATCH)
-        options = f"size={SCRATCH_BYTES},nr_inodes=4096,mode=1777"
-        call("mount", "tmpfs", SCRATCH, "tmpfs", MS_NOSUID | MS_NODEV, options)
         call("umount2", "/.old", MNT_DETACH)
         os.rmdir("/.old")
         call("mount", None, "/", None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV, None)
