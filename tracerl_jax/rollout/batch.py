@@ -25,10 +25,10 @@ from tracerl_jax.models.decoder import Model
 from tracerl_jax.parallel.order import in_order
 from tracerl_jax.parallel.sharding import batch_sharding, row_shards
 from tracerl_jax.rollout.cache import cache_shapes, copy_pages, prefill
-from tracerl_jax.rollout.decode import Program, State, decode, refill
+from tracerl_jax.rollout.decode import Program, State, decode
 from tracerl_jax.rollout.options import EngineConfig, SamplingOptions
 from tracerl_jax.rollout.pages import Allocation, PagePool, PromptPages, prompt_pages
-from tracerl_jax.rollout.slots import Needs, Rows
+from tracerl_jax.rollout.slots import Needs, Rows, SlotState, refill
 
 SHORTEST = 32  # tokens of the smallest length bucket
 STOP_IDS_STEP = 16  # columns by which the table of stop ids grows
@@ -71,6 +71,11 @@ class Entry:
     def encoded(self) -> int:
         """End of the prompt's complete blocks."""
         return 0 if self.full else block_start(block_of(len(self.prompt_ids), self.block_size), self.block_size)
+
+    @property
+    def first_block(self) -> int:
+        """Start of the first block that is denoised."""
+        return len(self.prompt_ids) if self.full else self.encoded
 
     @property
     def needs(self) -> Needs:
@@ -182,7 +187,7 @@ class Batch:
         self._device_rows: Rows | None = None
         self._needs = Needs()
         self._table = np.zeros((shape.slots, shape.width), np.int32)
-        self._state: State | None = None
+        self._state: SlotState | None = None
 
     @property
     def running(self) -> int:
@@ -219,19 +224,17 @@ class Batch:
             return
         self._prefill(params, fresh)
         canvas = np.full((self.shape.slots, self.shape.length), self.model.config.mask_token_id, np.int32)
+        start = np.zeros(self.shape.slots, np.int32)
         for n in fresh:
             entry = self.entries[n]
-            canvas[n, : len(entry.prompt_ids)] = entry.prompt_ids
+            canvas[n, : len(entry.prompt_ids)], start[n] = entry.prompt_ids, entry.first_block
             _set_row(self._rows, n, entry)
             self._table[n] = 0
             self._table[n, : len(entry.pages.pages)] = entry.pages.pages
         self._device_rows = self._put(self._rows)
         is_fresh = np.isin(np.arange(self.shape.slots), fresh)
-        self._state = self._refill(is_fresh, self._stopped, canvas, self._table)
+        self._state = refill(self._state, *self._put((is_fresh, self._stopped, canvas, start, self._table)))
         self._stopped[:] = False
-
-    def _refill(self, *operands: np.ndarray) -> State:
-        return refill(self._state, self._device_rows, *self._put(operands), np.int32(self.shape.block_size))
 
     def fits(self, entry: Entry) -> bool:
         shape = self.shape
@@ -431,16 +434,20 @@ class Batch:
         """Copies: what is given here changes while the device may still be reading."""
         return jax.device_put(jax.tree.map(np.array, tree), self._place)
 
-    def abstract_state(self) -> State:
+    def abstract_state(self) -> SlotState:
+        drafts = self._spec("int32", self.shape.slots, self.groups - 1, self.shape.block_size)
+        pending = self._spec("bool", self.shape.slots)
+        return State(**self._slot_arrays(), cache=self._abstract_cache(), pending=pending, drafts=drafts)
+
+    def _slot_arrays(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Of `SlotState`."""
         N, S = self.shape.slots, self.shape.length
-        spec = self._spec
-        return State(
-            canvas=spec("int32", N, S), step_map=spec("int32", N, S), logprobs=spec("float32", N, S),
-            behaviour_logprobs=spec("float32", N, S), start=spec("int32", N), pending=spec("bool", N),
-            drafts=spec("int32", N, self.groups - 1, self.shape.block_size),
-            block_step=spec("int32", N), steps=spec("int32", N), forwards=spec("int32", N), done=spec("bool", N),
-            cache=self._abstract_cache(),
-        )  # fmt: skip
+        shapes = {
+            "canvas": ("int32", N, S), "step_map": ("int32", N, S), "logprobs": ("float32", N, S),
+            "behaviour_logprobs": ("float32", N, S), "start": ("int32", N), "block_step": ("int32", N),
+            "steps": ("int32", N), "forwards": ("int32", N), "done": ("bool", N),
+        }  # fmt: skip
+        return {name: self._spec(*shape) for name, shape in shapes.items()}
 
     def _spec(self, dtype: str, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=self._place)
@@ -449,7 +456,7 @@ class Batch:
         shape, dtype = self.shape, self.model.config.dtype if self.config.kv_dtype == "compute" else "int8"
         return cache_shapes(self.model, shape.slots, self._shards * self._pages, shape.page_size, shape.width, dtype)
 
-    def _empty_state(self, params: dict) -> State:
+    def _empty_state(self, params: dict) -> SlotState:
         """Every slot done. Bound to its device like what the programs return, or the first call would be compiled for
         itself."""
         abstract, place = self.abstract_state(), getattr(jax.tree.leaves(params)[0], "sharding", None)

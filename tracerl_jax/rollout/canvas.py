@@ -41,6 +41,7 @@ from tracerl_jax.rollout.cache import ROWS, on_shards, write_pages
 from tracerl_jax.rollout.slots import (
     Needs,
     Rows,
+    SlotState,
     has_stop,
     propose_groups,
     put_slots,
@@ -68,73 +69,28 @@ class Program:
         return int(self.model.config.logit_alignment == "shifted")
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class State:
-    """Where every slot stands. The arrays over S are indexed by position."""
-
-    canvas: jax.Array  # [N,S] int32, prompt, what was revealed, MASK elsewhere
-    step_map: jax.Array  # [N,S] int32, denoise step of the reveal; 0 = prompt or not revealed
-    logprobs: jax.Array  # [N,S] f32
-    behaviour_logprobs: jax.Array  # [N,S] f32
-    start: jax.Array  # [N] int32, of the current block
-    block_step: jax.Array  # [N] int32, denoise steps done in the current block
-    steps: jax.Array  # [N] int32, denoise steps done in all blocks
-    forwards: jax.Array  # [N] int32
-    done: jax.Array  # [N] bool
-    cache: KVCache | None  # paged: [L,P,K,C,D]; see `_cached`
-
-
-@partial(jax.jit, donate_argnames="state")
-def refill(
-    state: State,
-    rows: Rows,
-    fresh: jax.Array,  # [N] bool, slots that get a new request
-    stopped: jax.Array,  # [N] bool, slots that are given up
-    canvas: jax.Array,  # [N,S] int32, of fresh slots: the prompt, followed by MASK
-    pages: jax.Array,  # [N,W] int32, of all slots
-) -> State:
-    """The state before the first forward of the fresh slots; the others stay as they are."""
-
-    def put(new, old):
-        return jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 1)), new, old)
-
-    return State(
-        canvas=put(canvas, state.canvas),
-        step_map=put(0, state.step_map),
-        logprobs=put(0.0, state.logprobs),
-        behaviour_logprobs=put(0.0, state.behaviour_logprobs),
-        start=put(rows.prompt_len, state.start),
-        block_step=put(0, state.block_step),
-        steps=put(0, state.steps),
-        forwards=put(0, state.forwards),
-        done=put(False, state.done) | stopped,
-        cache=state.cache and state.cache._replace(pages=pages),
-    )
-
-
 @partial(jax.jit, static_argnames="program", donate_argnames="state")
 def decode(
     program: Program,
     params: dict,
     banned: jax.Array,  # [V] bool
     rows: Rows,
-    state: State,
+    state: SlotState,
     most: jax.Array,  # [] int32, forwards
     enough: jax.Array,  # [] int32, slots
     chosen: jax.Array | None = None,  # [n] int32, n <= N
-) -> State:
+) -> SlotState:
     """Up to `most` forwards, or until `enough` slots are done, see `run_forwards`."""
     step = partial(_without_cache if program.cache == "none" else _with_cache, program, params, banned)
     return run_forwards(step, program.model, rows, state, most, enough, chosen)
 
 
-def _without_cache(program, params, banned, rows: Rows, keys: jax.Array, state: State) -> State:
+def _without_cache(program, params, banned, rows: Rows, keys: jax.Array, state: SlotState) -> SlotState:
     hidden, _ = _full(program, params, rows, state)
     return _denoise(program, params, banned, rows, keys, state, hidden, ~state.done)
 
 
-def _with_cache(program, params, banned, rows: Rows, keys: jax.Array, state: State) -> State:
+def _with_cache(program, params, banned, rows: Rows, keys: jax.Array, state: SlotState) -> SlotState:
     waiting = _waiting(program, state)
     together = min(program.gathered * row_shards(program.model.mesh), len(waiting))
     count = jnp.sum(waiting, dtype=jnp.int32)
@@ -157,7 +113,7 @@ def _with_cache(program, params, banned, rows: Rows, keys: jax.Array, state: Sta
     return lax.cond((count >= together) | nobody_else, refresh, step, state)
 
 
-def _waiting(program: Program, state: State) -> jax.Array:
+def _waiting(program: Program, state: SlotState) -> jax.Array:
     """[N] bool: the slots whose next step is a full forward."""
     since = state.block_step if program.refresh is None else state.block_step % program.refresh
     return ~state.done & (since == 0)
@@ -174,7 +130,7 @@ def _first(model: Model, waiting: jax.Array, count: int) -> jax.Array:
 
 # Forwards: hidden states [N,B,E] that predict the current block
 
-def _full(program: Program, params: dict, rows: Rows, state: State) -> tuple[jax.Array, KV]:
+def _full(program: Program, params: dict, rows: Rows, state: SlotState) -> tuple[jax.Array, KV]:
     """Of the whole canvas, and all its keys and values [L,N,S,K,D]."""
     positions = jnp.broadcast_to(jnp.arange(state.canvas.shape[1]), state.canvas.shape)
     end = jnp.where(positions < rows.limit[:, None], rows.limit[:, None], 0)
@@ -185,7 +141,7 @@ def _full(program: Program, params: dict, rows: Rows, state: State) -> tuple[jax
     return jnp.take_along_axis(hidden, jnp.maximum(at, 0)[..., None], axis=1), kv
 
 
-def _window(program: Program, params: dict, rows: Rows, state: State, active: jax.Array) -> jax.Array:
+def _window(program: Program, params: dict, rows: Rows, state: SlotState, active: jax.Array) -> jax.Array:
     """Of the window, with the cache as the last full forward left it."""
     model, shift, S = program.model, program.shift, state.canvas.shape[1]
     places = jnp.arange(program.window + shift)
@@ -199,18 +155,18 @@ def _window(program: Program, params: dict, rows: Rows, state: State, active: ja
     return hidden[:, : program.block_size]
 
 
-def _window_end(program: Program, rows: Rows, state: State) -> jax.Array:
+def _window_end(program: Program, rows: Rows, state: SlotState) -> jax.Array:
     return jnp.minimum(state.start + program.window, rows.limit)
 
 
-def _cached(program: Program, rows: Rows, state: State) -> jax.Array:
+def _cached(program: Program, rows: Rows, state: SlotState) -> jax.Array:
     """[N] int32, tokens in the cache: those before the block, and with a dual cache right behind them those behind
     the window. Attention does not ask in which order keys come."""
     behind = rows.limit - _window_end(program, rows, state) if program.cache == "dual" else 0
     return state.start + behind
 
 
-def _write(program: Program, rows: Rows, state: State, kv: KV, active: jax.Array) -> KVCache:
+def _write(program: Program, rows: Rows, state: SlotState, kv: KV, active: jax.Array) -> KVCache:
     """The cache behind a full forward; of slots that are not `active` as before."""
     S = state.canvas.shape[1]
     entry = jnp.arange(S)
@@ -224,9 +180,9 @@ def _write(program: Program, rows: Rows, state: State, kv: KV, active: jax.Array
 
 
 def _denoise(
-    program: Program, params: dict, banned: jax.Array, rows: Rows, keys: jax.Array, state: State, hidden: jax.Array,
+    program: Program, params: dict, banned: jax.Array, rows: Rows, keys: jax.Array, state: SlotState, hidden: jax.Array,
     active: jax.Array,
-) -> State:  # fmt: skip
+) -> SlotState:  # fmt: skip
     """One denoise step of the slots that are `active`, given what predicts their blocks [N,B,E]."""
     model, B, mask_id = program.model, program.block_size, program.model.config.mask_token_id
     positions = state.start[:, None] + jnp.arange(B)  # [N,B]

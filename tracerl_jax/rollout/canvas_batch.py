@@ -10,6 +10,7 @@ from tracerl_jax.models.config import ModelConfig
 from tracerl_jax.rollout import canvas
 from tracerl_jax.rollout.batch import FREE_TOKENS, Batch, Entry, length_bucket
 from tracerl_jax.rollout.options import EngineConfig
+from tracerl_jax.rollout.slots import SlotState
 
 # A full forward of a few slots takes so many times the tokens from which on every token costs.
 GATHERED_TOKENS = 4
@@ -76,15 +77,5 @@ class CanvasBatch(Batch):
         return canvas.Program(self.model, shape.block_size, self._needs, config.cache, shape.window, config.refresh,
                               min(gathered, shape.slots // self._shards))  # fmt: skip
 
-    def _refill(self, *operands) -> canvas.State:
-        return canvas.refill(self._state, self._device_rows, *self._put(operands))
-
-    def abstract_state(self) -> canvas.State:
-        N, S = self.shape.slots, self.shape.length
-        spec = self._spec
-        return canvas.State(
-            canvas=spec("int32", N, S), step_map=spec("int32", N, S), logprobs=spec("float32", N, S),
-            behaviour_logprobs=spec("float32", N, S), start=spec("int32", N), block_step=spec("int32", N),
-            steps=spec("int32", N), forwards=spec("int32", N), done=spec("bool", N),
-            cache=None if self.config.cache == "none" else self._abstract_cache(),
-        )  # fmt: skip
+    def abstract_state(self) -> SlotState:
+        return SlotState(**self._slot_arrays(), cache=None if self.config.cache == "none" else self._abstract_cache())

@@ -35,12 +35,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tracerl_jax.diffusion.grid import block_of, block_start
 from tracerl_jax.diffusion.sampling import Proposal
 from tracerl_jax.kernels.decode import KVCache
 from tracerl_jax.models.decoder import Model
 from tracerl_jax.rollout.cache import write_blocks
-from tracerl_jax.rollout.slots import Needs, Rows, has_stop, propose_groups, reveal, run_forwards
+from tracerl_jax.rollout.slots import Needs, Rows, SlotState, has_stop, propose_groups, reveal, run_forwards
 
 
 @dataclass(frozen=True)
@@ -55,52 +54,11 @@ class Program:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class State:
-    """Where every slot stands. The arrays over S are indexed by absolute position."""
+class State(SlotState):
+    """`forwards` are fewer than `steps` where drafts were right, more where blocks are committed."""
 
-    canvas: jax.Array  # [N,S] int32, prompt, what was revealed, MASK elsewhere
-    step_map: jax.Array  # [N,S] int32, denoise step of the reveal; 0 = prompt or not revealed
-    logprobs: jax.Array  # [N,S] f32
-    behaviour_logprobs: jax.Array  # [N,S] f32
-    start: jax.Array  # [N] int32, of the current block
     pending: jax.Array  # [N] bool, the block before is finished but not committed (fused commit only)
     drafts: jax.Array  # [N,G-1,B] int32, the current block after one, two, .. more denoise steps, as guessed
-    block_step: jax.Array  # [N] int32, denoise steps done in the current block
-    steps: jax.Array  # [N] int32, denoise steps done in all blocks
-    forwards: jax.Array  # [N] int32, fewer than `steps` where drafts were right, more where blocks are committed
-    done: jax.Array  # [N] bool
-    cache: KVCache  # paged: [L,P,K,C,D]
-
-
-@partial(jax.jit, donate_argnames="state")
-def refill(
-    state: State,
-    rows: Rows,
-    fresh: jax.Array,  # [N] bool, slots that get a new request
-    stopped: jax.Array,  # [N] bool, slots that are given up
-    canvas: jax.Array,  # [N,S] int32, of fresh slots: the prompt, followed by MASK
-    pages: jax.Array,  # [N,W] int32, of all slots
-    block_size: jax.Array,  # [] int32
-) -> State:
-    """The state before the first forward of the fresh slots; the others stay as they are."""
-
-    def put(new, old):
-        return jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 1)), new, old)
-
-    return State(
-        canvas=put(canvas, state.canvas),
-        step_map=put(0, state.step_map),
-        logprobs=put(0.0, state.logprobs),
-        behaviour_logprobs=put(0.0, state.behaviour_logprobs),
-        start=put(block_start(block_of(rows.prompt_len, block_size), block_size), state.start),
-        pending=put(False, state.pending),
-        drafts=put(0, state.drafts),
-        block_step=put(0, state.block_step),
-        steps=put(0, state.steps),
-        forwards=put(0, state.forwards),
-        done=put(False, state.done) | stopped,
-        cache=state.cache._replace(pages=pages),
-    )
 
 
 @partial(jax.jit, static_argnames="program", donate_argnames="state")

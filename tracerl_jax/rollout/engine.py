@@ -33,8 +33,8 @@ from tracerl_jax.errors import ConfigError, DataError
 from tracerl_jax.models.decoder import Model
 from tracerl_jax.rollout.batch import Batch, Blocks, Entry, batch_for
 from tracerl_jax.rollout.canvas_batch import CanvasBatch
-from tracerl_jax.rollout.decode import State
 from tracerl_jax.rollout.options import EngineConfig, Request, SamplingOptions
+from tracerl_jax.rollout.slots import SlotState
 from tracerl_jax.rollout.weights import rollout_params
 
 BATCHES = {"block_causal": Batch, "full": CanvasBatch}
@@ -198,7 +198,7 @@ class Engine:
         entries = self._resolve_all(requests)
         return self._batch_of(entries).traced(self.params, entries)
 
-    def abstract_state(self, requests: Iterable[Request]) -> State:
+    def abstract_state(self, requests: Iterable[Request]) -> SlotState:
         """What `memory_bytes` counts, as ShapeDtypeStructs with shardings."""
         return self._batch_of(self._resolve_all(requests)).abstract_state()
 

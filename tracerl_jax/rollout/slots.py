@@ -1,12 +1,10 @@
-"""What the decoding programs share: what every slot was asked for, proposals and reveals, and the loop over forwards.
-
-The states of the programs are dataclasses of arrays with a row for each slot, among them `done` [N] bool, and of a
-`cache` whose keys and values belong to no slot: a KVCache with pages, or None.
-"""
+"""What the decoding programs share: what every slot was asked for and where it stands, proposals and reveals, and the
+loop over forwards."""
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -15,10 +13,9 @@ from jax import lax
 
 from tracerl_jax.diffusion.reveal import SEQUENTIAL, choose_reveals, score_of
 from tracerl_jax.diffusion.sampling import Proposal, propose
+from tracerl_jax.kernels.decode import KVCache
 from tracerl_jax.models.decoder import Model
 from tracerl_jax.rollout.cache import ROWS, on_shards
-
-State = TypeVar("State")
 
 
 class Needs(NamedTuple):
@@ -52,6 +49,51 @@ class Rows:
     seed: jax.Array  # [N] uint32
     prompt_hash: jax.Array  # [N] uint32
     sample_index: jax.Array  # [N] uint32
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SlotState:
+    """Where every slot stands. The arrays over S are indexed by absolute position; a program may add arrays of its own
+    with a row for each slot."""
+
+    canvas: jax.Array  # [N,S] int32, prompt, what was revealed, MASK elsewhere
+    step_map: jax.Array  # [N,S] int32, denoise step of the reveal; 0 = prompt or not revealed
+    logprobs: jax.Array  # [N,S] f32
+    behaviour_logprobs: jax.Array  # [N,S] f32
+    start: jax.Array  # [N] int32, of the current block
+    block_step: jax.Array  # [N] int32, denoise steps done in the current block
+    steps: jax.Array  # [N] int32, denoise steps done in all blocks
+    forwards: jax.Array  # [N] int32
+    done: jax.Array  # [N] bool
+    cache: KVCache | None  # paged: [L,P,K,C,D]; its keys and values belong to no slot
+
+
+State = TypeVar("State", bound=SlotState)
+
+
+@partial(jax.jit, donate_argnames="state")
+def refill(
+    state: State,
+    fresh: jax.Array,  # [N] bool, slots that get a new request
+    stopped: jax.Array,  # [N] bool, slots that are given up
+    canvas: jax.Array,  # [N,S] int32, of fresh slots: the prompt, followed by MASK
+    start: jax.Array,  # [N] int32, of fresh slots: of the first block
+    pages: jax.Array,  # [N,W] int32, of all slots
+) -> State:
+    """The state before the first forward of the fresh slots; the others stay as they are."""
+
+    def put(new, old):
+        return jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+    cleared = jax.tree.map(lambda x: put(jnp.zeros((), x.dtype), x), dataclasses.replace(state, cache=None))
+    return dataclasses.replace(
+        cleared,
+        canvas=put(canvas, state.canvas),
+        start=put(start, state.start),
+        done=cleared.done | stopped,
+        cache=state.cache and state.cache._replace(pages=pages),
+    )
 
 
 def row_keys(rows: Rows) -> jax.Array:
