@@ -6,15 +6,7 @@ import numpy as np
 import pytest
 
 from tracerl_jax.errors import ConfigError
-from tracerl_jax.rewards import Verdict, check_row, get_reward, register_reward, registry, score
-
-
-@pytest.fixture
-def define(monkeypatch):
-    """Registers rewards for one test only."""
-    for table in ("_REWARDS", "_STARTS", "_CHECKS"):
-        monkeypatch.setattr(registry, table, dict(getattr(registry, table)))
-    return lambda name, function, **kwargs: register_reward(name, **kwargs)(function)
+from tracerl_jax.rewards import Verdict, check_row, get_reward, score
 
 
 def test_unknown_and_taken_names(define):

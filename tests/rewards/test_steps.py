@@ -13,7 +13,7 @@ from tracerl_jax.data.char_tokenizer import build_char_tokenizer
 from tracerl_jax.errors import ConfigError
 from tracerl_jax.interop.tokenizer import decode
 from tracerl_jax.report.samples import decode_pieces
-from tracerl_jax.rewards import Verdict, register_reward, registry, rewards_of_steps, score, step_verdict
+from tracerl_jax.rewards import Verdict, rewards_of_steps, score, step_verdict
 from tracerl_jax.rewards.steps import rewards_of_tokens, step_ends, tokens_of_steps
 
 LINES = ProcessSection(split=r"\n")
@@ -115,13 +115,6 @@ def test_rewards_count_at_the_denoise_steps_of_the_published_rule(data):
 
 
 # What a reward of steps may give
-
-
-@pytest.fixture
-def define(monkeypatch):
-    for table in ("_REWARDS", "_OF_STEPS"):
-        monkeypatch.setattr(registry, table, type(getattr(registry, table))(getattr(registry, table)))
-    return lambda name, function, **kwargs: register_reward(name, **kwargs)(function)
 
 
 def test_weighted_sum_of_rewards_of_steps_and_of_the_whole(define):

@@ -60,11 +60,16 @@ class Answers:
     same: Callable[[Sequence[tuple[str, str]]], Sequence[bool]]  # for pairs of answers: are they equivalent?
 
 
-_REWARDS: dict[str, RewardFunction] = {}
-_ANSWERS: dict[str, Answers] = {}
-_STARTS: dict[str, Callable[[], None]] = {}
-_CHECKS: dict[str, Callable[[Mapping[str, object]], str]] = {}
-_OF_STEPS: set[str] = set()
+@dataclass(frozen=True)
+class _Registered:
+    function: RewardFunction
+    start: Callable[[], None] | None
+    check: Callable[[Mapping[str, object]], str] | None
+    answers: Answers | None
+    steps: bool
+
+
+_REWARDS: dict[str, _Registered] = {}
 
 
 def register_reward(
@@ -85,22 +90,14 @@ def register_reward(
     """
 
     def register(function: RewardFunction) -> RewardFunction:
-        if _REWARDS.setdefault(name, function) is not function:
+        if _REWARDS.setdefault(name, _Registered(function, start, check, answers, steps)).function is not function:
             raise ConfigError(f"reward {name!r} is already registered; choose another name")
-        if start is not None:
-            _STARTS[name] = start
-        if check is not None:
-            _CHECKS[name] = check
-        if answers is not None:
-            _ANSWERS[name] = answers
-        if steps:
-            _OF_STEPS.add(name)
         return function
 
     return register
 
 
-def get_reward(name: str) -> RewardFunction:
+def _registered(name: str) -> _Registered:
     """Raises `ConfigError` for an unknown name."""
     if name not in _REWARDS:
         close = difflib.get_close_matches(name, _REWARDS, n=1)
@@ -109,28 +106,33 @@ def get_reward(name: str) -> RewardFunction:
     return _REWARDS[name]
 
 
+def get_reward(name: str) -> RewardFunction:
+    """Raises `ConfigError` for an unknown name."""
+    return _registered(name).function
+
+
 def get_answers(name: str) -> Answers | None:
     """How the reward `name` reads answers; None where it has no notion of an answer."""
-    return _ANSWERS.get(name)
+    return _registered(name).answers
 
 
 def start_rewards(names: Iterable[str]) -> None:
     """Gets these rewards ready (worker processes, self-tests). Raises `ConfigError` for one that cannot work here."""
     for name in names:
-        get_reward(name)
-        if name in _STARTS:
-            _STARTS[name]()
+        start = _registered(name).start
+        if start is not None:
+            start()
 
 
 def rewards_of_steps(names: Iterable[str]) -> list[str]:
     """Those of these rewards that judge the steps of a completion."""
-    return [name for name in names if name in _OF_STEPS]
+    return [name for name in names if _registered(name).steps]
 
 
 def check_row(name: str, row: Mapping[str, object]) -> str:
     """What keeps reward `name` from judging answers to the problem of this row; "" when nothing does."""
-    get_reward(name)
-    return _CHECKS[name](row) if name in _CHECKS else ""
+    check = _registered(name).check
+    return check(row) if check is not None else ""
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def score(
     by_name, details, errors = {}, {}, {}
     steps: list[dict[int, float]] = [{} for _ in prompts]
     for name, weight in rewards.items():
-        if name in _OF_STEPS:
+        if _registered(name).steps:
             ends = [(len(text),) for text in completions] if step_ends is None else step_ends
             verdicts = _call(name, prompts, completions, {**stacked, "step_ends": ends})
         else:
@@ -180,7 +182,7 @@ def score(
         errors[name] = sum(isinstance(v, _Failed) for v in verdicts)
         if weight != 0:
             total += weight * by_name[name]
-            if name not in _OF_STEPS:
+            if not _registered(name).steps:
                 whole += weight * by_name[name]
             for of_sample, verdict in zip(steps, verdicts, strict=True):
                 for end, reward in verdict.steps:
@@ -236,7 +238,7 @@ def _with_fit_steps(name: str, verdict: Verdict, completion: str) -> Verdict:
     if verdict.reward is None:
         return verdict
     ends = [end for end, _ in verdict.steps]
-    if name not in _OF_STEPS:
+    if not _registered(name).steps:
         return _Failed(None, "returned steps, but is not registered with steps=True") if ends else verdict
     ascending = all(a < b for a, b in zip([-1, *ends], ends, strict=False)) and ends and ends[-1] <= len(completion)
     if not ascending:
