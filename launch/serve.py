@@ -71,12 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from tracerl_jax.errors import ConfigError
     from tracerl_jax.interop.hf_config import read_model_config
-    from tracerl_jax.interop.hf_load import load_hf
     from tracerl_jax.interop.tokenizer import load_tokenizer, valid_vocab
     from tracerl_jax.launch.common import describe_memory, engine_config
     from tracerl_jax.models import Model
     from tracerl_jax.parallel.mesh import make_mesh
     from tracerl_jax.rollout.engine import Engine
+    from tracerl_jax.rollout.folder import load_weights
 
     try:
         from tracerl_jax.serve.app import Server
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         "%s: %s, for %d slots of %d tokens", config.model_name, describe_memory(model, engine.memory_bytes()),
         config.slots, config.max_length,
     )  # fmt: skip
-    engine.update_params(load_hf(args.model, mesh=model.mesh, dtype=args.dtype)[1])
+    load_weights(engine, args.model)
     if not args.no_warm_up:
         _warm_up(engine, config)
 
