@@ -5,9 +5,9 @@ import argparse
 from tracerl_jax.launch.common import CommandParser
 
 HELP = """
-Convert a Hugging Face model folder (SDAR, TraDo) to a native checkpoint, or a native checkpoint or a run to a
-Hugging Face folder. Which way is read off the source. Tokenizer, chat template, generation config and remote code
-come along. The target appears complete or not at all.
+Convert a Hugging Face model folder (SDAR, TraDo, Dream, DiffuCoder, LLaDA, MMaDA) to a native checkpoint, or a native
+checkpoint or a run to a Hugging Face folder. Which way is read off the source. Tokenizer, chat template, generation
+config and remote code come along. The target appears complete or not at all.
 """
 EPILOG = """examples:
   tracerl convert --from SDAR-4B-Chat --to checkpoints/sdar-4b

@@ -7,7 +7,8 @@ which it was revealed: full vocabulary, at the trace's temperature (1 when greed
 these are its own log-probs up to rounding; the largest difference is printed where a row has them.
 
 Input rows: prompt_ids, ids, step_map, block_size; optionally temperature (default 1), tail_ids, tail_step_map, as
-`tracerl generate` writes them. Output rows: the same in the same order, with `logprobs` set."""
+`tracerl generate` writes them; of a full-attention model also canvas_len. Output rows: the same in the same order, with
+`logprobs` set."""
 
 EPILOG = """examples:
   tracerl generate --model SDAR-4B-Chat --prompts prompts.jsonl --output traces.jsonl
