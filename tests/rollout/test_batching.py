@@ -54,7 +54,7 @@ def expected():
 @pytest.mark.parametrize("config", [
     {"slots": 3, "commit": "separate"}, {"slots": 3, "commit": "fused", "forwards_per_chunk": 1},
     {"slots": 64, "commit": "fused"}, {"slots": 3, "commit": "separate", "forwards_per_chunk": 3, "pages": 8},
-    {"slots": 5, "commit": "fused", "prefix_cache": False, "page_size": 64},
+    pytest.param({"slots": 5, "commit": "fused", "prefix_cache": False, "page_size": 64}, marks=pytest.mark.slow),
     pytest.param({"slots": 9, "commit": "fused", "drafts": 2}, marks=pytest.mark.slow),
     pytest.param({"slots": 24, "commit": "fused", "drafts": 3}, marks=pytest.mark.slow),
 ], ids=str)  # fmt: skip

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 from engine_utils import compilations
 
 from tracerl_jax.interop.hf_load import load_hf
@@ -9,6 +10,7 @@ from tracerl_jax.rollout.engine import Engine, EngineConfig, Request, SamplingOp
 from tracerl_jax.rollout.warm_up import warm_up
 
 
+@pytest.mark.slow
 def test_a_warm_engine_compiles_nothing(folder):
     model, params = load_hf(folder)
     engine = Engine(model, params, EngineConfig(16, 128, forwards_per_chunk=8))

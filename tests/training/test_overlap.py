@@ -115,6 +115,7 @@ def test_signals_wait_for_the_rollout_and_the_same_command_goes_on_to_the_same_b
     assert_same_run(run, whole_ahead)
 
 
+@pytest.mark.slow
 def test_a_second_signal_gives_the_rollout_up(whole_ahead, tmp_path, capsys):
     command = ["rl", "--config", config_file(tmp_path / "config.py", **AHEAD)]
     seen, original = threading.Semaphore(0), StopSignal._handle

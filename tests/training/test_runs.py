@@ -189,6 +189,7 @@ SHARED = FULL | {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_shared_trunk_without_warm_up_goes_on_to_the_same_bits(tmp_path):
     train(tiny(tmp_path, **SHARED, name="whole"))
     with pytest.MonkeyPatch.context() as patch:
@@ -211,10 +212,10 @@ SHORT = {"sft__steps": 0, "rl__steps": 1, "eval__strategies": [], "rl__old_logpr
     [
         {"rl__method": "coupled"},
         {"rl__block_size": 8},
-        {
-            "model__dtype": "bfloat16", "rollout__top_k": 5, "rollout__kv_dtype": "int8",
-            "rl__importance_sampling": "token",
-        },
+        pytest.param(
+            {"model__dtype": "bfloat16", "rollout__top_k": 5, "rollout__kv_dtype": "int8",
+             "rl__importance_sampling": "token"}, marks=pytest.mark.slow,
+        ),
         {"model__preset": "tiny_dream", "rollout__first_token": True, "rollout__cache": "dual", "rl__shrink": 2},
         pytest.param({"model__preset": "tiny_llada", "rl__method": "coupled"}, marks=pytest.mark.slow),
         pytest.param({"rl__method": "random_masking", "rl__epochs": 2}, marks=pytest.mark.slow),
@@ -256,6 +257,7 @@ def test_value_model_needs_the_states_of_a_trace():
             tiny(".", rl__method=method, rl__old_logprobs="recompute", value__enabled=True)
 
 
+@pytest.mark.slow
 def test_trace_sft_learns_the_order_of_its_rows(tmp_path):
     """sft.method=trace on rows with step maps, the result of `tracerl sft` as a Hugging Face folder."""
     rows = [{"prompt": f"{a}+1=", "response": f"{a + 1}", "step_map": [1]} for a in range(1, 9)]
