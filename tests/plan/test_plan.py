@@ -24,6 +24,7 @@ from tracerl_jax.plan.estimate import COMPILER_OPTIONS, chip_bytes, estimate_run
 from tracerl_jax.plan.hlo import parse
 from tracerl_jax.plan.kernel_costs import live_pairs
 from tracerl_jax.plan.programs import model_config, plan_run
+from tracerl_jax.plan.replays import made_up_replays
 from tracerl_jax.plan.topology import parse_topology
 from tracerl_jax.plan.workload import assume
 
@@ -140,7 +141,7 @@ def test_flops_of_training(large):
     """2 per parameter and token forward, 4 backward, 2 again for what is recomputed; the head on targets only."""
     plan, config, workload, _ = large
     model, tokens, targets = MODEL, 8192, 2048  # of a chip's row; 2000 targets in slots of 2048
-    rows = pack([replay.item for replay in programs._replays(config, model, workload, 1)], row_length=tokens)
+    rows = pack([replay.item for replay in made_up_replays(config, config.rl, model, workload, 1)], row_length=tokens)
     found = {p.name: p.cost.flops for p in plan.programs}
     body, head = 2 * layer_parameters(model) * tokens, 2 * model.width * model.vocab_size * targets
     attention = 2 * 128 * live_pairs(rows.intervals) * model.num_heads * model.num_layers

@@ -141,14 +141,7 @@ class Run:
         """Raises the UserError that the first request would raise, or the first replay of a full-attention model."""
         config, longest = self.config, max((len(problem.prompt_ids) for problem in self.train_problems), default=0)
         if self.model.config.attention_mode == "full" and config.rl.steps:
-            if config.rl.block_size is not None:
-                raise ConfigError("rl.block_size is for block-causal models: to full attention everything is one block")
-            canvas = longest + config.rollout.longest
-            if canvas > config.rl.row_length:
-                raise ConfigError(
-                    f"rl.row_length is {config.rl.row_length}, but a full-attention model is trained on whole canvases "
-                    f"of up to {canvas} tokens: raise it, or lower rollout.max_tokens or task.max_prompt_tokens"
-                )
+            check_canvas(config, longest)
         engine = self.engine(None)
         prompt = [next(i for i in range(self.model.config.vocab_size) if i != self.model.config.mask_token_id)]
         stages = config.rollout.stages() if config.rl.steps else []
@@ -317,6 +310,18 @@ class Run:
     def open_log(self, phase: str, total_steps: int, first_step: int) -> MetricLog:
         writers = [name for name in ("tensorboard", "wandb") if getattr(self.config.report, name)]
         return open_log(self.folder, phase, total_steps=total_steps, first_step=first_step, writers=writers)
+
+
+def check_canvas(config: RunConfig, prompt_tokens: int) -> None:
+    """Raises ConfigError where a full-attention model cannot be trained on what is decoded behind such a prompt."""
+    if config.rl.block_size is not None:
+        raise ConfigError("rl.block_size is for block-causal models: to full attention everything is one block")
+    canvas = prompt_tokens + config.rollout.longest
+    if canvas > config.rl.row_length:
+        raise ConfigError(
+            f"rl.row_length is {config.rl.row_length}, but a full-attention model is trained on whole canvases "
+            f"of up to {canvas} tokens: raise it, or lower rollout.max_tokens or task.max_prompt_tokens"
+        )
 
 
 def engine_config(section: RolloutSection, slots: int, valid_vocab: int | None = None) -> EngineConfig:

@@ -1,0 +1,138 @@
+"""What training an RL step replays, by `rl.shrink`, and how often it runs each program; nothing is compiled here.
+
+    responses  ->  states (replay groups)  ->  rows  ->  micro-batches  ->  runs of "replay", "policy gradient", ..
+                   `plan_replays`              `pack`
+
+The responses are made up (plan/workload.py); states and rows are those that the loop would build of them, for it is
+its own code that builds them. Of many responses some are built and their numbers scaled up.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tracerl_jax.config import RLSection, RunConfig
+from tracerl_jax.data.prompts import Problem
+from tracerl_jax.diffusion.packing import pack
+from tracerl_jax.diffusion.replay import ReplayItem
+from tracerl_jax.models import ModelConfig
+from tracerl_jax.plan.workload import Workload, sample_traces
+from tracerl_jax.rl.experience import Sample
+from tracerl_jax.rl.update import Replay, plan_replays
+
+# Responses that are built, at most, and tokens that they may take in rows, about.
+BUILT_SAMPLES, BUILT_TOKENS = 64, 2**21
+
+
+@dataclass(frozen=True)
+class ReplayCount:
+    """What one pass over some responses replays."""
+
+    states: float
+    tokens: float  # of the rows, without padding
+    rows: float
+    row_length: int  # tokens of a row, padding included
+
+    def scaled(self, factor: float) -> "ReplayCount":
+        return ReplayCount(factor * self.states, factor * self.tokens, factor * self.rows, self.row_length)
+
+
+@dataclass(frozen=True)
+class StepReplay:
+    """What an RL step replays with one `rl.shrink`."""
+
+    shrink: int
+    responses: float  # that are kept
+    count: ReplayCount  # of one pass over them
+    runs: dict[str, float]  # of each training program
+
+
+def count_replay(items: Sequence[ReplayItem], row_length: int | Sequence[int]) -> ReplayCount:
+    """Of the replay items of a pass; `row_length` as of `pack`. Raises DataError for an item that no row holds."""
+    rows = pack(items, row_length=row_length)
+    return ReplayCount(sum(len(item.group_ids) for item in items), rows.token_count, *rows.ids.shape)
+
+
+def shrinks(rl: RLSection, block_size: int) -> list[int]:
+    """Values of `rl.shrink` to compare: powers of two up to the decoding's block size, and the run's own."""
+    if rl.method != "tracerl":
+        return [rl.shrink]  # random masks do not depend on it
+    return sorted({rl.shrink, *(2**k for k in range(block_size.bit_length()))})
+
+
+def step_replay(
+    config: RunConfig, model: ModelConfig, workload: Workload, shrink: int, micro_batch_tokens: int
+) -> StepReplay:
+    """Of an RL step whose micro-batches hold so many tokens, padding included."""
+    rl, samples = dataclasses.replace(config.rl, shrink=shrink), samples_of(config)
+    replays = built_replays(config, rl, model, workload)
+    items, responses = [replay.item for replay in replays], len({id(replay.sample) for replay in replays})
+    longest = longest_replays(config, rl, model, workload)
+    need = max(piece.size for replay in longest for piece in replay.item.pieces())
+    lengths = [length for length in row_lengths(rl) if length >= need]
+    kept = samples * workload.kept_fraction
+    count = count_replay(items, lengths or row_lengths(rl)).scaled(kept / responses)
+    micro_batches = count.rows * count.row_length / micro_batch_tokens
+    return StepReplay(shrink, kept, count, training_runs(rl, micro_batches, config.value.train_every))
+
+
+def training_runs(rl: RLSection, micro_batches: float, value_every: int) -> dict[str, float]:
+    """How often an RL step runs each program, with so many micro-batches in a pass over its responses."""
+    updates = rl.minibatches * rl.epochs
+    gradients = updates * max(1, math.ceil(micro_batches / rl.minibatches))
+    forwards = max(1, math.ceil(micro_batches * rl.epochs))
+    # The sampler's log-probs are of no use for merged states. Where they are used, one micro-batch is replayed to
+    # compare.
+    recompute = rl.old_logprobs == "recompute" or rl.shrink > 1
+    replay = (forwards if recompute else 1) + (forwards if rl.kl_to == "reference" else 0)
+    return {
+        "replay": replay, "policy gradient": gradients, "policy apply": updates,
+        "values": forwards, "value gradient": gradients / value_every, "value apply": updates / value_every,
+    }  # fmt: skip
+
+
+def samples_of(config: RunConfig) -> int:
+    """Responses of an RL step."""
+    return config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+
+
+def row_lengths(rl: RLSection) -> list[int]:
+    """Lengths that rows may have: longer responses get longer rows."""
+    return [rl.row_length * 2**k for k in range(5)]
+
+
+def longest_replays(config: RunConfig, rl: RLSection, model: ModelConfig, workload: Workload) -> list[Replay]:
+    """Of one response of the greatest length: all rows are as long as it needs."""
+    longest = Workload(config.task.max_prompt_tokens, config.rollout.max_tokens, workload.tokens_per_step)
+    return made_up_replays(config, rl, model, longest, 1)
+
+
+def built_replays(config: RunConfig, rl: RLSection, model: ModelConfig, workload: Workload) -> list[Replay]:
+    """Of as many of an RL step's responses as are not too many to build."""
+    first = made_up_replays(config, rl, model, workload, 1)
+    fitting = BUILT_TOKENS // sum(replay.item.size for replay in first)
+    count = min(samples_of(config), BUILT_SAMPLES, max(1, fitting))
+    return made_up_replays(config, rl, model, workload, count)
+
+
+def made_up_replays(
+    config: RunConfig, rl: RLSection, model: ModelConfig, workload: Workload, count: int
+) -> list[Replay]:
+    """Those of `count` made-up responses in one pass. `coupled` makes two of each."""
+    rollout, B = config.rollout, config.rollout.block_size or model.block_size
+    traces = sample_traces(
+        workload, count, block_size=B, temperature=rollout.temperature,
+        canvas_response=rollout.max_tokens if model.attention_mode == "full" else 0,
+    )  # fmt: skip
+    problem = Problem(index=0, prompt_text="", prompt_ids=traces[0].prompt_ids, columns={})
+    zeros = np.zeros(workload.response_tokens, np.float32)  # values do not matter here
+    numbers = dict.fromkeys(("old_logp", "reference_logp", "old_values", "returns", "advantages"), zeros)
+    updates = plan_replays(
+        [Sample(problem, trace, "", 0, 0.0, {}, 0.0) for trace in traces],
+        dataclasses.replace(rl, minibatches=1, epochs=1),
+        mask_id=model.mask_token_id, block_size=rl.block_size or B, seed=0, step=1,
+    )  # fmt: skip
+    return [dataclasses.replace(replay, **numbers) for update in updates for replay in update]
