@@ -328,7 +328,10 @@ class EvalSection:
     strategies: tuple[str, ...] = _doc(("dynamic", "static"), "decoding protocols: dynamic, static")
     max_tokens: int | None = _doc(None, "completion limit, default: rollout.max_tokens")
     threshold: float | None = _doc(None, "threshold of `dynamic`, default: rollout.threshold")
-    temperature: float = _doc(1.0, "temperature of `dynamic` (static is greedy)")
+    temperature: float = _doc(1.0, "temperature of `dynamic`")
+    static_temperature: float = _doc(0.0, "temperature of `static`, 0: greedy")
+    top_k: int = _doc(0, "0: off")
+    top_p: float = _doc(1.0, "1: off")
 
     def __post_init__(self):
         _require_not_negative(self, "eval", "every")

@@ -34,20 +34,24 @@ def protocol(
     block_size: int | None = None,
     threshold: float = 0.9,
     temperature: float = 1.0,
+    static_temperature: float = 0.0,
     seed: int = 0,
+    **how: Any,
 ) -> SamplingOptions:
     """The two ways of the TraceRL paper to decode for its tables (arXiv 2509.06949, section 5).
 
     dynamic: reveal what is more confident than `threshold`, sample at `temperature`.
-    static: greedy, one token per denoise step; `threshold` and `temperature` do not matter.
+    static: one token per denoise step, at `static_temperature` (0: greedy); `threshold` does not matter.
+
+    `how`: other SamplingOptions, of both.
     """
     if name == "dynamic":
         own = {"strategy": "dynamic", "threshold": threshold, "temperature": temperature}
     elif name == "static":
-        own = {"strategy": "static", "temperature": 0.0}
+        own = {"strategy": "static", "temperature": static_temperature}
     else:
         raise ConfigError(f"unknown evaluation strategy {name!r}; use one of {', '.join(PROTOCOLS)}")
-    return SamplingOptions(max_tokens=max_tokens, block_size=block_size, seed=seed, **own)
+    return SamplingOptions(max_tokens=max_tokens, block_size=block_size, seed=seed, **own, **how)
 
 
 def samples_of(options: SamplingOptions, wanted: int) -> int:

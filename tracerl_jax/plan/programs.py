@@ -25,8 +25,9 @@ from tracerl_jax.plan.hlo_cost import KernelCost
 from tracerl_jax.plan.kernel_costs import attention_cost, decode_cost
 from tracerl_jax.plan.replays import (
     StepReplay,
-    built_replays,
+    built_responses,
     longest_replays,
+    made_up_replays,
     samples_of,
     shrinks,
     step_replay,
@@ -300,7 +301,8 @@ def _training_programs(
 ) -> tuple[list[PlannedProgram], list[StepReplay]]:
     """Also how often an RL step runs them, by `rl.shrink`."""
     model, mesh, rl = learner.model.config, learner.model.mesh, config.rl
-    replays = built_replays(config, rl, model, workload) + longest_replays(config, rl, model, workload)
+    replays = made_up_replays(config, rl, model, workload, built_responses(config, rl, model, workload))
+    replays += longest_replays(config, rl, model, workload)
     batches, _ = learner.policy_batches(replays)
     values = learner.value_batches(replays)[0][0] if config.value.enabled else None
     intervals = np.concatenate([batch["rows"].intervals for batch in batches])

@@ -68,13 +68,13 @@ def step_replay(
 ) -> StepReplay:
     """Of an RL step whose micro-batches hold so many tokens, padding included."""
     rl, samples = dataclasses.replace(config.rl, shrink=shrink), samples_of(config)
-    replays = built_replays(config, rl, model, workload)
-    items, responses = [replay.item for replay in replays], len({id(replay.sample) for replay in replays})
+    built = built_responses(config, rl, model, workload)
+    items = [replay.item for replay in made_up_replays(config, rl, model, workload, built)]
     longest = longest_replays(config, rl, model, workload)
     need = max(piece.size for replay in longest for piece in replay.item.pieces())
     lengths = [length for length in row_lengths(rl) if length >= need]
     kept = samples * workload.kept_fraction
-    count = count_replay(items, lengths or row_lengths(rl)).scaled(kept / responses)
+    count = count_replay(items, lengths or row_lengths(rl)).scaled(kept / built)
     micro_batches = count.rows * count.row_length / micro_batch_tokens
     return StepReplay(shrink, kept, count, training_runs(rl, micro_batches, config.value.train_every))
 
@@ -110,12 +110,11 @@ def longest_replays(config: RunConfig, rl: RLSection, model: ModelConfig, worklo
     return made_up_replays(config, rl, model, longest, 1)
 
 
-def built_replays(config: RunConfig, rl: RLSection, model: ModelConfig, workload: Workload) -> list[Replay]:
-    """Of as many of an RL step's responses as are not too many to build."""
+def built_responses(config: RunConfig, rl: RLSection, model: ModelConfig, workload: Workload) -> int:
+    """How many of an RL step's responses are not too many to build."""
     first = made_up_replays(config, rl, model, workload, 1)
-    fitting = BUILT_TOKENS // sum(replay.item.size for replay in first)
-    count = min(samples_of(config), BUILT_SAMPLES, max(1, fitting))
-    return made_up_replays(config, rl, model, workload, count)
+    fitting = BUILT_TOKENS // max(1, sum(replay.item.size for replay in first))
+    return min(samples_of(config), BUILT_SAMPLES, max(1, fitting))
 
 
 def made_up_replays(

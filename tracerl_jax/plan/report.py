@@ -11,17 +11,12 @@ from tracerl_jax.plan.workload import Workload
 from tracerl_jax.units import GIB, format_bytes
 
 
-UTILISATION = 0.4  # share of a chip's peak rates that training of large models reaches
-
-
 def check_utilisation(utilisation: float) -> None:
     if not 0 < utilisation <= 1:
         raise ConfigError(f"utilisation is {utilisation}, must lie in (0, 1]")
 
 
-def plan_dict(
-    plan: Plan, config: RunConfig, workload: Workload, utilisation: float = UTILISATION
-) -> dict[str, Any]:
+def plan_dict(plan: Plan, config: RunConfig, workload: Workload, utilisation: float) -> dict[str, Any]:
     """Everything in base units: bytes and FLOPs per chip, seconds. JSON-able.
 
     `utilisation`: share of the chip's peak rates, for estimates of time that are no lower bounds.
@@ -87,7 +82,7 @@ def _sent(p: Estimate) -> dict[str, float]:
     return {f"{kind} over {axes}": sent for (kind, axes), sent in p.cost.collective_bytes.most_common()}
 
 
-def format_plan(plan: Plan, config: RunConfig, workload: Workload, utilisation: float = UTILISATION) -> str:
+def format_plan(plan: Plan, config: RunConfig, workload: Workload, utilisation: float) -> str:
     """The table, the memory that stays, what is sent, the step by `rl.shrink`, and the verdict."""
     chip, mesh = plan.topology.chip, _mesh(plan.mesh)
     share = f", of {format_bytes(chip.hbm_bytes)} (XLA_PYTHON_CLIENT_MEM_FRACTION)" if chip.platform == "cuda" else ""
@@ -141,15 +136,16 @@ def _shrink_table(plan: Plan, config: RunConfig, utilisation: float) -> list[str
         ))  # fmt: skip
     return [
         *lines, *_columns(rows), "",
-        "shrink: merged denoise steps, * the config's. States, rows and tokens: of one pass over the responses that are "
-        "kept; micro-batches: of the updates.",
-        f"PFLOP: of all chips, padding and recomputation included. At {utilisation:.0%}: of the peak rates that the "
-        "lower bound takes for granted (--utilisation).",
+        "shrink: merged denoise steps, * the config's. States, rows, tokens: of one pass over the responses kept.",
+        f"PFLOP: of all chips, padding and recomputation included. At {utilisation:.0%}: of the chip's peak rates, all "
+        "of which the lower bound takes for granted.",
     ]  # fmt: skip
 
 
 def _duration(seconds: float) -> str:
-    return _seconds(seconds) if seconds < 120 else f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
+    if seconds < 120:
+        return _seconds(seconds)
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
 
 
 _HEADINGS = ("program", "runs", "args", "temp", "peak GiB", "TFLOP", "HBM GB", "compute", "HBM", "links ms",

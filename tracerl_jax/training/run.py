@@ -340,7 +340,8 @@ def rollout_options(section: RolloutSection, seed: int) -> SamplingOptions:
 
 
 def eval_protocols(config: RunConfig) -> dict[str, SamplingOptions]:
-    """How evaluation decodes, for each of `eval.strategies`. Raises ConfigError naming the key."""
+    """How evaluation decodes, for each of `eval.strategies`: the rollout's way to score and to begin a block, with the
+    evaluation's own numbers. Raises ConfigError naming the key."""
     section, rollout = config.eval, config.rollout
     try:
         return {
@@ -350,6 +351,9 @@ def eval_protocols(config: RunConfig) -> dict[str, SamplingOptions]:
                 block_size=rollout.block_size,
                 threshold=rollout.threshold if section.threshold is None else section.threshold,
                 temperature=section.temperature,
+                static_temperature=section.static_temperature,
+                top_k=section.top_k, top_p=section.top_p,
+                score=rollout.score, confidence=rollout.confidence, first_token=rollout.first_token,
                 seed=config.seed,
             )
             for strategy in section.strategies
