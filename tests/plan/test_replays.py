@@ -47,7 +47,7 @@ def loops_own(config, model, workload, shrink):
 # has 24 clean tokens and 6 blocks of up to 4 states: rows of 120.
 @pytest.mark.parametrize("model", [CAUSAL, FULL], ids=["block_causal", "full"])
 @pytest.mark.parametrize(
-    "method, shrink", [*(("tracerl", s) for s in (1, 2, 3, 8)), ("random_masking", 1), ("coupled", 1)]
+    "method, shrink", [("tracerl", 1), ("tracerl", 3), ("random_masking", 1), ("coupled", 1)]
 )
 @pytest.mark.parametrize("workload", [Workload(9, 16, 1.5), Workload(7, 13, 2.5)], ids=["longest", "shorter"])
 def test_counts_are_those_of_the_loop(model, method, shrink, workload):
@@ -68,11 +68,11 @@ def test_counts_are_those_of_the_loop(model, method, shrink, workload):
     assert found.runs["policy gradient"] == found.runs["replay"] == found.runs["values"] == len(batches)
 
 
-@pytest.mark.parametrize("shrink", [1, 2, 5, 100])
+@pytest.mark.parametrize("shrink", [1, 3, 100])
 def test_states_of_full_attention_are_the_steps_over_the_shrink(shrink):
-    config, workload = run_config(), Workload(9, 16, 1.6)
+    config, workload = run_config(), Workload(9, 16, 1.5)
     steps = [trace.denoise_forwards for trace in loops_own(config, FULL, workload, shrink)[0]]
-    assert min(steps) < 16 / 1.6 < max(steps)
+    assert min(steps) < 16 / 1.5 < max(steps)
     count = step_replay(config, FULL, workload, shrink, 100).count
     assert count.states == sum(math.ceil(n / shrink) for n in steps)
     assert count.tokens == count.states * (9 + 16) and count.rows == math.ceil(count.states / 2)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tracerl_jax.config import RunConfig
 from tracerl_jax.data.prompts import Problem
 from tracerl_jax.diffusion.trace import Trace
 from tracerl_jax.errors import ConfigError
@@ -52,6 +53,29 @@ def protocol(
     else:
         raise ConfigError(f"unknown evaluation strategy {name!r}; use one of {', '.join(PROTOCOLS)}")
     return SamplingOptions(max_tokens=max_tokens, block_size=block_size, seed=seed, **own, **how)
+
+
+def eval_protocols(config: RunConfig) -> dict[str, SamplingOptions]:
+    """How evaluation decodes, for each of `eval.strategies`: the rollout's way to score and to begin a block, with the
+    evaluation's own numbers. Raises ConfigError naming the key."""
+    section, rollout = config.eval, config.rollout
+    try:
+        return {
+            strategy: protocol(
+                strategy,
+                max_tokens=rollout.max_tokens if section.max_tokens is None else section.max_tokens,
+                block_size=rollout.block_size,
+                threshold=rollout.threshold if section.threshold is None else section.threshold,
+                temperature=section.temperature,
+                static_temperature=section.static_temperature,
+                top_k=section.top_k, top_p=section.top_p,
+                score=rollout.score, confidence=rollout.confidence, first_token=rollout.first_token,
+                seed=config.seed,
+            )
+            for strategy in section.strategies
+        }
+    except ConfigError as error:
+        raise ConfigError(f"eval: {error}") from None
 
 
 def samples_of(options: SamplingOptions, wanted: int) -> int:

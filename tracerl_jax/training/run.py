@@ -29,7 +29,7 @@ from tracerl_jax.data.tasks import Task, get_spec, load_task
 from tracerl_jax.diffusion.grid import round_up
 from tracerl_jax.diffusion.trace import Trace
 from tracerl_jax.errors import ConfigError
-from tracerl_jax.evals.runner import protocol
+from tracerl_jax.evals.runner import eval_protocols
 from tracerl_jax.interop.folders import copy_companions, read_json, whole_folder
 from tracerl_jax.interop.hf_config import read_model_config
 from tracerl_jax.interop.hf_load import load_hf, stored_dtype
@@ -337,29 +337,6 @@ def rollout_options(section: RolloutSection, seed: int) -> SamplingOptions:
         return SamplingOptions(**{name: getattr(section, name) for name in names}, seed=seed)
     except ConfigError as error:
         raise ConfigError(f"rollout: {error}") from None
-
-
-def eval_protocols(config: RunConfig) -> dict[str, SamplingOptions]:
-    """How evaluation decodes, for each of `eval.strategies`: the rollout's way to score and to begin a block, with the
-    evaluation's own numbers. Raises ConfigError naming the key."""
-    section, rollout = config.eval, config.rollout
-    try:
-        return {
-            strategy: protocol(
-                strategy,
-                max_tokens=rollout.max_tokens if section.max_tokens is None else section.max_tokens,
-                block_size=rollout.block_size,
-                threshold=rollout.threshold if section.threshold is None else section.threshold,
-                temperature=section.temperature,
-                static_temperature=section.static_temperature,
-                top_k=section.top_k, top_p=section.top_p,
-                score=rollout.score, confidence=rollout.confidence, first_token=rollout.first_token,
-                seed=config.seed,
-            )
-            for strategy in section.strategies
-        }
-    except ConfigError as error:
-        raise ConfigError(f"eval: {error}") from None
 
 
 def with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
