@@ -34,12 +34,14 @@ def test_defaults_are_those_of_the_papers_tables():
 
 
 CONFIG = """
+from ml_collections import ConfigDict
+
 def get_config():
-    return {
+    return ConfigDict({
         "model": {"preset": "sdar_tiny"}, "seed": 3,
         "rollout": {"max_tokens": 8, "block_size": 8, "slots_per_device": 2, "confidence": "truncated"},
         "eval": {"strategies": ("static",), "static_temperature": 0.5, "top_k": 3, "samples_per_prompt": 2, "limit": 2},
-    }
+    })
 """
 
 

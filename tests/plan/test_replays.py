@@ -72,7 +72,6 @@ def test_counts_are_those_of_the_loop(model, method, shrink, workload):
 def test_states_of_full_attention_are_the_steps_over_the_shrink(shrink):
     config, workload = run_config(), Workload(9, 16, 1.5)
     steps = [trace.denoise_forwards for trace in loops_own(config, FULL, workload, shrink)[0]]
-    assert min(steps) < 16 / 1.5 < max(steps)
     count = step_replay(config, FULL, workload, shrink, 100).count
     assert count.states == sum(math.ceil(n / shrink) for n in steps)
     assert count.tokens == count.states * (9 + 16) and count.rows == math.ceil(count.states / 2)
