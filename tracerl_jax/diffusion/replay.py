@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tracerl_jax.diffusion.grid import block_of, block_start
+from tracerl_jax.diffusion.trace import Trace
 from tracerl_jax.errors import ConfigError
 
 _ALWAYS, _NEVER = -1, np.iinfo(np.int32).max  # rounds after which a token is visible
@@ -59,6 +60,11 @@ class ReplayItem:
     def size(self) -> int:
         """Tokens the item takes in a row."""
         return len(self.clean) + self.group_ids.size
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens that must lie in one row, see `pieces`."""
+        return self.size if len(self.clean) else min(self.size, self.block_size)
 
     @property
     def target_column(self) -> np.ndarray:
@@ -123,6 +129,17 @@ def trace_item(
         prompt_ids, ids, states.round[states.of_token], np.ones(len(step_map), bool), weights,
         block_size=block_size, mask_id=mask_id, offset=offset,
         tail_ids=tail_ids, tail_rounds=begun.sum(1) - 1,
+    )  # fmt: skip
+
+
+def item_of_trace(trace: Trace, *, mask_id: int, block_size: int | None = None, shrink: int = 1) -> ReplayItem:
+    """`trace_item` of a recorded trace. By default its groups are the very states in which the sampler drew.
+
+    block_size: of a block-causal model's training, default: the trace's own.
+    """
+    return trace_item(
+        trace.prompt_ids, trace.ids, trace.step_map, block_size=trace.canvas_len or block_size or trace.block_size,
+        mask_id=mask_id, shrink=shrink, tail_ids=trace.tail_ids, tail_step_map=trace.tail_step_map,
     )  # fmt: skip
 
 
