@@ -87,7 +87,7 @@ def score_items(
     those of `score_traces`."""
     shards = row_shards(model.mesh)
     rows = pack(items, row_length=row_length, rows_multiple=shards)
-    N, T = rows.ids.shape
+    N, T = rows.shape
     n = min(N, max(1, tokens_per_batch // T) * shards)
     scores = [_score(model, params, *put_batch((part, part.gather(temperature)), model.mesh)) for part in rows.split(n)]
     return rows, np.concatenate([np.asarray(s) for s in scores])[:N]

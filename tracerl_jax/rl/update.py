@@ -219,7 +219,7 @@ class Learner:
             part = put_batch(part, self.model.mesh)
             with in_order(self.model.mesh):
                 outputs.append(function(part["rows"], *(part[str(i)] for i in range(len(columns)))))
-        return rows.scatter(np.concatenate(jax.device_get(outputs))[: rows.ids.shape[0]])
+        return rows.scatter(np.concatenate(jax.device_get(outputs))[: rows.shape[0]])
 
     def _pack(self, replays: Sequence[Replay]) -> PackedRows:
         return pack([r.item for r in replays], row_length=self.row_lengths)
@@ -334,7 +334,7 @@ def merged(value_params: Any, trunk: Any) -> Any:
 def micro_batches(rows: PackedRows, columns: dict[str, np.ndarray], n: int) -> list[dict[str, Any]]:
     """Cut packed rows and [N,P] numbers into micro-batches of n rows, the last one filled with padding."""
     parts = rows.split(n)
-    missing = len(parts) * n - rows.ids.shape[0]
+    missing = len(parts) * n - rows.shape[0]
     padded = {name: np.pad(column, ((0, missing), (0, 0))) for name, column in columns.items()}
     return [
         {"rows": part, **{name: column[i * n : (i + 1) * n] for name, column in padded.items()}}
