@@ -88,7 +88,8 @@ def test_whole_canvases_are_sent_once_with_few_targets():
     """256 states of one response: the host has its ids and steps in each row, not the states."""
     rows = pack([item(p=100, r=256, B=512)], row_length=1024)
     assert rows.shape == (128, 1024) and rows.target_ids.shape == (128, 16)
-    assert sum(x.nbytes for x in jax.tree.leaves(rows)) < (rows.ids.nbytes + rows.positions.nbytes) * 0.6
+    sent, written = sum(x.nbytes for x in jax.tree.leaves(rows)), sum(x.nbytes for x in (rows.ids, rows.intervals))
+    assert sent < 0.45 * written
 
 
 def test_items_of_a_row_do_not_see_each_other():
@@ -116,7 +117,7 @@ def test_shapes_come_from_few_buckets():
         rows = pack([item(p=2, r=r)] * 3, row_length=(64, 256, 1024), rows_multiple=4)
         N, T = rows.ids.shape
         assert T == min(t for t in (64, 256, 1024) if item(p=2, r=r).size <= t) and N % 4 == 0
-        assert rows.target_ids.shape[1] % (T // 64) == 0
+        assert rows.target_ids.shape[1] % (T // 4) == 0
         shapes.add((T, *(x.shape for x in jax.tree.leaves(rows))))
     assert len(shapes) <= 20
 

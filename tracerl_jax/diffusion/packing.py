@@ -43,8 +43,8 @@ from tracerl_jax.diffusion.grid import block_of, block_start, round_up
 from tracerl_jax.diffusion.replay import ReplayItem
 from tracerl_jax.errors import DataError
 
-# Shapes come from few buckets, as each is compiled: target slots of a row in multiples of row_length / 4, or fewer by
-# halves, where rows are whole canvases with few targets; sources in multiples of row_length; segments in powers of 2.
+# Shapes come from few buckets, as each is compiled. Target slots of a row come in multiples of row_length / 4; where
+# rows are whole canvases, which have few targets, also in halves of it down to row_length / 64.
 TARGET_STEPS_PER_ROW, FEWEST_TARGETS_PER_ROW = 4, 64
 
 _ALL = np.iinfo(np.int32).max  # the round of the clean stream
@@ -231,10 +231,11 @@ def pack(
     T = _choose_length(pieces, sizes, row_length)
     members = _first_fit(sizes, T)
     rows_of = [_Row([pieces[i] for i in row]) for row in members]
-    targets = max((row.targets for row in rows_of), default=0)
-    P = round_up(max(targets, 1), targets_multiple or _targets_multiple(targets, T))
+    P = _target_slots(rows_of, T, targets_multiple)
     L = round_up(max((row.sources for row in rows_of), default=1), T)
-    G = 1 << (max((row.segments for row in rows_of), default=1) - 1).bit_length()
+    # As many segments as groups find room, whatever these items have.
+    groups = T // min((item.block_size for item in items if len(item.group_start)), default=T)
+    G = 1 << (max([groups, *(row.segments for row in rows_of)]) - 1).bit_length()
     N = round_up(max(len(members), 1), rows_multiple)
     mask_id = max((item.mask_id for item in items), default=0)  # causal items have none
     rows = PackedRows.empty(N, T, P, [item.response_len for item in items], L=L, G=G, mask_id=mask_id)
@@ -243,11 +244,14 @@ def pack(
     return rows
 
 
-def _targets_multiple(targets: int, T: int) -> int:
-    multiple = max(1, T // TARGET_STEPS_PER_ROW)
-    while targets <= multiple // 2 and multiple > T // FEWEST_TARGETS_PER_ROW:
-        multiple //= 2
-    return max(1, multiple)
+def _target_slots(rows: Sequence["_Row"], T: int, multiple: int | None) -> int:
+    targets = max((row.targets for row in rows), default=1)
+    if multiple is None:
+        multiple = max(1, T // TARGET_STEPS_PER_ROW)
+        if not any(item.clean_len for row in rows for _, item in row.pieces):
+            while targets <= multiple // 2 and multiple > T // FEWEST_TARGETS_PER_ROW:
+                multiple //= 2
+    return round_up(max(targets, 1), multiple)
 
 
 def _choose_length(
