@@ -117,9 +117,9 @@ def test_the_gap_is_the_cache_whatever_is_replayed(cache):
         np.testing.assert_allclose(metrics["replay/logprob_gap_mean"], gaps.mean(), atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("cache", "shrink"), [("dual", 4), ("dual", 1), pytest.param("prefix", 4, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("cache", "shrink"), [
+    ("dual", 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("dual", 1), ("prefix", 4))),
+])  # fmt: skip
 def test_the_corrected_update_is_the_dense_gradient(cache, shrink):
     """Weights are min(pi(token | replayed state) / probability it was drawn with, cap), constants of the objective."""
     samples = sampled(cache)

@@ -178,11 +178,11 @@ class PackedRows(TargetRows):
     def _columns(self):
         """(segment of each column as Segments [N,T], index of the column in it [N,T], which are used, numpy or jnp)"""
         columns = np.arange(self.row_length, dtype=np.int32)
-        search = partial(_begun, columns=columns)
+        # How many segments have begun at each column. On devices by comparing all with all, which they do at once.
         if isinstance(self.source_ids, np.ndarray):
-            xp, begun = np, np.stack([search(np, row) for row in self.segments.column])
+            xp, begun = np, np.stack([np.searchsorted(row, columns, side="right") for row in self.segments.column])
         else:
-            xp, begun = jnp, jax.vmap(partial(search, jnp))(self.segments.column)
+            xp, begun = jnp, jnp.sum(self.segments.column[:, None] <= columns[:, None], axis=-1, dtype=np.int32)
         index = xp.maximum(begun - 1, 0).astype(np.int32)
         at = Segments(*(xp.take_along_axis(x, index, axis=1) for x in self.segments))
         within = columns - at.column
@@ -200,11 +200,6 @@ class PackedRows(TargetRows):
         whole = jax.tree.map(lambda a, b: np.concatenate([a, b]), self, padding)
         parts = [jax.tree.map(lambda a, at=at: a[at : at + n], whole) for at in range(0, N, n)]
         return [dataclasses.replace(part, response_lens=self.response_lens) for part in parts]
-
-
-def _begun(xp, column: Array, columns: np.ndarray) -> Array:
-    """How many of the stretches that begin at `column` [G] have begun at each of `columns`."""
-    return xp.searchsorted(column, columns, side="right")
 
 
 def pack(
