@@ -401,11 +401,10 @@ class RunConfig:
         """
         sizes = [stage.block_size or model_block_size for stage in self.rollout.stages()]
         same_size = self.rl.block_size is None or all(size in (None, self.rl.block_size) for size in sizes)
-        same_states = self.rl.shrink == 1 and same_size
-        other = "rl.shrink > 1 or another rl.block_size than the rollout's scores other states than the sampler visited"
-        _require(same_states or self.rl.old_logprobs == "recompute", f"{other}: set rl.old_logprobs=recompute")
         _require(
-            same_states or self.rl.importance_sampling == "none", f"{other}: set rl.importance_sampling=none"
+            (self.rl.shrink == 1 and same_size) or self.rl.old_logprobs == "recompute",
+            "rl.shrink > 1 or another rl.block_size than the rollout's scores other states than the sampler visited: "
+            "set rl.old_logprobs=recompute",
         )
 
     def heaviest(self, model_block_size: int) -> "RunConfig":

@@ -51,10 +51,6 @@ def test_another_config_is_refused_with_a_diff_and_nothing_is_touched(whole, tmp
         ("--config.rl.shrink=2", "set rl.old_logprobs=recompute"),
         ("--config.rl.block_size=8", "set rl.old_logprobs=recompute"),  # the model's is 4
         (
-            "--config.rl.shrink=2 --config.rl.old_logprobs=recompute --config.rl.importance_sampling=token",
-            "set rl.importance_sampling=none",
-        ),
-        (
             "--config.rl.method=coupled --config.rl.old_logprobs=recompute --config.rl.importance_sampling=token",
             "rl.method=coupled scores other states",
         ),

@@ -216,7 +216,8 @@ SHORT = {"sft__steps": 0, "rl__steps": 1, "eval__strategies": [], "rl__old_logpr
             {"model__dtype": "bfloat16", "rollout__top_k": 5, "rollout__kv_dtype": "int8",
              "rl__importance_sampling": "token"}, marks=pytest.mark.slow,
         ),
-        {"model__preset": "tiny_dream", "rollout__first_token": True, "rollout__cache": "dual", "rl__shrink": 2},
+        {"model__preset": "tiny_dream", "rollout__first_token": True, "rollout__cache": "dual", "rl__shrink": 2,
+         "rl__importance_sampling": "token"},
         pytest.param({"model__preset": "tiny_llada", "rl__method": "coupled"}, marks=pytest.mark.slow),
         pytest.param({"rl__method": "random_masking", "rl__epochs": 2}, marks=pytest.mark.slow),
         pytest.param({"rl__shrink": 2, "rl__normaliser": "constant"}, marks=pytest.mark.slow),
@@ -230,6 +231,8 @@ def test_variants_update(tmp_path, changes):
     assert row["updates/skipped"] == 0 and row["policy/grad_norm"] > 0
     if config.rl.epochs == 1:  # the old log-probs are those of the very states that are replayed
         assert row["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
+    if config.rollout.cache != "none":
+        assert row["replay/logprob_gap_max"] > 1e-3 and row["importance/ratio_max"] > 1 + 1e-3
     with run_module.Run(config) as run:
         initial = run.initial_params()
     _, after = load_run(tmp_path / "run")

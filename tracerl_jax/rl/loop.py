@@ -174,29 +174,35 @@ def guarded(update: Callable, plan: list[list[Replay]], guard: NonFiniteGuard, *
 def with_old_logprobs(
     learner: Learner, replays: list[Replay], stale: bool = False
 ) -> tuple[list[Replay], dict[str, float]]:
-    """Old log-probs (the sampler's or recomputed), and how far replay is from rollout where it visits the same states
-    with the same weights (not `stale`).
+    """Old log-probs (the sampler's or recomputed), and how far rollout is from replay of the same states with the same
+    weights, unless they are others (`stale`).
 
-    The gap is measured on every token when the log-probs are recomputed, else on one micro-batch's worth of samples.
+    That is the error of the rollout's cache and of rounding, and of nothing else. Where the training replays other
+    states than the sampler visited (merged steps, random masks, other blocks), the sampler's own are replayed for it,
+    of one micro-batch's worth of samples; so they are where nothing has to be recomputed.
     """
-    if learner.config.old_logprobs == "recompute":
+    config, gaps = learner.config, None
+    if config.old_logprobs == "recompute":
         recomputed = learner.logprobs(learner.policy.params, replays)
+        same_blocks = all(r.item.block_size == r.sample.trace.replay_block for r in replays)
+        if config.method == "tracerl" and config.shrink == 1 and same_blocks:
+            gaps = logprob_gaps(replays, recomputed)
         replays = [dataclasses.replace(r, old_logp=logp) for r, logp in zip(replays, recomputed, strict=True)]
-        checked = replays
     else:
         replays = [dataclasses.replace(r, old_logp=r.sample.trace.logprobs) for r in replays]
-        if stale:
-            return replays, {}
-        checked = replays[: learner.samples_per_micro_batch(replays)]
-        recomputed = learner.logprobs(learner.policy.params, checked)
-    same_blocks = all(r.item.block_size == r.sample.trace.replay_block for r in checked)
-    others = learner.config.method != "tracerl" or learner.config.shrink > 1 or not same_blocks  # states never visited
-    if stale or others:
+    if stale:
         return replays, {}
-    gaps = np.concatenate(
-        [np.abs(logp - r.sample.trace.logprobs) for r, logp in zip(checked, recomputed, strict=True)]
-    )
+    if gaps is None:
+        sampled = learner.as_sampled(replays)
+        if not sampled:
+            return replays, {}
+        gaps = logprob_gaps(sampled, learner.logprobs(learner.policy.params, sampled))
     return replays, {"replay/logprob_gap_max": float(gaps.max()), "replay/logprob_gap_mean": float(gaps.mean())}
+
+
+def logprob_gaps(replays: Sequence[Replay], logprobs: Sequence[np.ndarray]) -> np.ndarray:
+    """|replay - rollout| of all response tokens, [sum of r]."""
+    return np.abs(np.concatenate([lp - r.sample.trace.logprobs for r, lp in zip(replays, logprobs, strict=True)]))
 
 
 def policy_metrics(config: RunConfig, results: Sequence[UpdateResult], learner: Learner) -> dict[str, float]:
