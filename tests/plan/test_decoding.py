@@ -3,11 +3,9 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiled import ONE_CHIP, array, compiled, mesh_of
-from jax import lax
+from compiled import mesh_of
 
 from tracerl_jax.config import RunConfig
 from tracerl_jax.config_io import load_config
@@ -15,7 +13,6 @@ from tracerl_jax.errors import UserError
 from tracerl_jax.models import PRESETS, Model, ModelConfig
 from tracerl_jax.plan.decoding import DecodeLoop, Forwards, decode_loop, response_forwards
 from tracerl_jax.plan.estimate import estimate_run
-from tracerl_jax.plan.hlo_cost import program_cost
 from tracerl_jax.plan.programs import model_config, plan_run
 from tracerl_jax.plan.topology import parse_topology
 from tracerl_jax.plan.workload import Workload, assume
@@ -92,21 +89,6 @@ def test_tokens_per_step_of_the_schedules():
     assert of(32, strategy="dynamic") == 2.6
 
 
-@pytest.mark.parametrize("topology", ONE_CHIP)
-def test_a_conditional_costs_the_shares_of_its_branches(topology):
-    def choose(x, w):
-        def body(x):
-            return lax.cond(jnp.sum(x) > 0, lambda: jnp.dot(jnp.dot(x, w), w), lambda: jnp.dot(x, w))
-
-        return lax.while_loop(lambda x: jnp.max(x) > 1, body, x)
-
-    module, once = compiled(topology, choose, array(256, 256), array(256, 256)), 2 * 256**3
-    one = {"data": 1, "fsdp": 1, "tensor": 1}
-    shares = {"while/body/cond": (0.75, 0.25)}
-    assert program_cost(module, one).flops == 2 * once
-    assert program_cost(module, one, loops={"jit(choose)/while": 10}, branches=shares).flops == 10 * 1.25 * once
-
-
 # Programs
 
 TINY = FULL.replace(vocab_size=1024, width=256, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=64, mlp_width=512,
@@ -142,12 +124,12 @@ def test_programs_of_a_full_attention_run(cache):
     # 32 responses in as many slots. Whole canvases: of up to 4 x 16 tokens at once in the CPU's cached decoding.
     iterations = whole * SLOTS / -(-4 * 16 // (PROMPT + RESPONSE))
     if cache == "none":
-        forwards, branches = RESPONSE, {}
+        forwards = iterations = RESPONSE
     else:
         forwards = RESPONSE - whole + iterations
-        branches = {"while/body/cond": (1 - iterations / forwards, iterations / forwards)}
-    assert programs["decode"].loops["jit(decode)/while"] == forwards
-    assert programs["decode"].branches == branches
+    loops = programs["decode"].loops
+    assert loops["jit(decode)/while"] == forwards
+    assert (loops["body/refresh/while"], loops["body/step/while"]) == (iterations / forwards, 1 - iterations / forwards)
     # A response of 64 steps is 16 canvases of 128 tokens, two to a row, a row to a device.
     counts = {replay.shrink: replay.count for replay in run.replays}
     assert counts[4].states == 32 * 16 and counts[4].rows == 32 * 8 and counts[1].rows == 32 * 32

@@ -55,35 +55,35 @@ def test_counts_are_those_of_the_loop(model, method, shrink, workload):
     traces, learner, replays = loops_own(config, model, workload, shrink)
     if workload.response_tokens < 16:  # all rows are as long as those of the longest response, which a step may hold
         longest = loops_own(config, model, Workload(9, 16, workload.tokens_per_step), shrink)[2]
-        length = learner.policy_batches(longest)[0][0]["rows"].ids.shape[1]
+        length = learner.policy_batches(longest)[0][0]["rows"].row_length
         learner.config = dataclasses.replace(learner.config, row_length=length)
     batches, _ = learner.policy_batches(replays)
     rows = [batch["rows"] for batch in batches]
-    T = rows[0].ids.shape[1]
-    found = step_replay(config, model, workload, shrink, learner.rows_per_micro_batch * T)
+    T = rows[0].row_length
+    found = step_replay(config, model, workload, shrink, learner.row_lengths, learner.rows_per_micro_batch * T)
     assert (found.shrink, found.responses, found.count.row_length) == (shrink, len(traces), T)
     assert found.count.rows == sum(part.intervals.any((1, 2)).sum() for part in rows)
     assert found.count.tokens == sum(part.token_count for part in rows) == sum(r.item.size for r in replays)
     assert found.count.states == sum(len(r.item.group_ids) for r in replays)
-    assert found.runs["policy gradient"] == found.runs["replay"] == found.runs["values"] == len(batches)
+    assert found.runs["policy gradient"] == found.runs["values"] == len(batches)
 
 
 @pytest.mark.parametrize("shrink", [1, 3, 100])
 def test_states_of_full_attention_are_the_steps_over_the_shrink(shrink):
     config, workload = run_config(), Workload(9, 16, 1.5)
     steps = [trace.denoise_forwards for trace in loops_own(config, FULL, workload, shrink)[0]]
-    count = step_replay(config, FULL, workload, shrink, 100).count
+    count = step_replay(config, FULL, workload, shrink, [60], 100).count
     assert count.states == sum(math.ceil(n / shrink) for n in steps)
     assert count.tokens == count.states * (9 + 16) and count.rows == math.ceil(count.states / 2)
 
 
 def test_many_responses_are_scaled_up_from_some():
-    few = step_replay(run_config(), FULL, Workload(9, 16, 1.6), 1, 180)
+    few = step_replay(run_config(), FULL, Workload(9, 16, 1.6), 1, [60], 180)
     many = run_config(**{"rollout.prompts_per_step": 400})
-    all_kept = step_replay(many, FULL, Workload(9, 16, 1.6), 1, 180)
+    all_kept = step_replay(many, FULL, Workload(9, 16, 1.6), 1, [60], 180)
     assert all_kept.responses == 1200
     assert all_kept.count.states / 1200 == pytest.approx(few.count.states / 12, rel=0.05)
-    half = step_replay(many, FULL, Workload(9, 16, 1.6, 0.5), 1, 180)
+    half = step_replay(many, FULL, Workload(9, 16, 1.6, 0.5), 1, [60], 180)
     assert half.responses == 600 and half.count.states == all_kept.count.states / 2
     assert half.runs["policy gradient"] == math.ceil(all_kept.runs["policy gradient"] / 2)
 
@@ -91,14 +91,16 @@ def test_many_responses_are_scaled_up_from_some():
 def test_runs_of_the_programs():
     rl = run_config(**{"rl.minibatches": 2, "rl.epochs": 3, "rl.shrink": 2}).rl
     assert training_runs(rl, 5.0, 2) == {
-        "replay": 15, "policy gradient": 6 * 3, "policy apply": 6, "values": 15, "value gradient": 9, "value apply": 3
+        "replay": 15 + 1, "policy gradient": 6 * 3, "policy apply": 6, "values": 15, "value gradient": 9, "value apply": 3
     }  # fmt: skip
-    reference = dataclasses.replace(rl, kl_to="reference")
-    assert training_runs(reference, 5.0, 1)["replay"] == 30
-    # The sampler's own log-probs: one micro-batch is replayed to compare; merged states have none.
-    own = dataclasses.replace(rl, old_logprobs="rollout", shrink=1)
-    assert training_runs(own, 5.0, 1)["replay"] == 1
-    assert training_runs(dataclasses.replace(own, shrink=2), 5.0, 1)["replay"] == 15
+    # One micro-batch of the sampler's own states is replayed to compare, unless those are what is replayed anyway.
+    own = dataclasses.replace(rl, shrink=1)
+    assert training_runs(own, 5.0, 1)["replay"] == 15
+    assert training_runs(dataclasses.replace(own, method="random_masking"), 5.0, 1)["replay"] == 15 + 1
+    assert training_runs(dataclasses.replace(own, kl_to="reference"), 5.0, 1)["replay"] == 30
+    sampled = dataclasses.replace(own, old_logprobs="rollout")
+    assert training_runs(sampled, 5.0, 1)["replay"] == 1
+    assert training_runs(dataclasses.replace(sampled, shrink=2), 5.0, 1)["replay"] == 15 + 1  # merged states have none
 
 
 def test_shrinks_to_compare():

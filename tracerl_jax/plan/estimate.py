@@ -163,8 +163,7 @@ def estimate_program(program: PlannedProgram, topology: Topology, resident_bytes
     own = memory.argument_size_in_bytes - chip_bytes(program.resident)
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     cost = program_cost(
-        parse(compiled.as_text()), mesh.shape, loops=program.loops, branches=program.branches,
-        kernel_cost=program.kernel_cost,
+        parse(compiled.as_text()), mesh.shape, loops=program.loops, kernel_cost=program.kernel_cost
     )
     chip = topology.chip
     links = sum(

@@ -59,18 +59,14 @@ def program_cost(
     mesh_shape: Mapping[str, int],
     *,
     loops: Mapping[str, float] | None = None,
-    branches: Mapping[str, tuple[float, float]] | None = None,
     kernel_cost: KernelCost = lambda instruction, operands: None,
 ) -> Cost:
     """Cost of the entry computation.
 
     mesh_shape: axis name -> size, in the order of the devices the program was compiled for, slowest first.
     loops: how often loops whose length depends on data run, by the end of their `op_name` ("jit(decode)/while").
-    branches: which share of the time a `lax.cond` is false and true, by the end of its `op_name`; of others the dearer
-    branch counts.
     """
-    walk = _Walk(module, mesh_shape, loops or {}, branches or {}, kernel_cost, LoopLengths(module))
-    return walk.computation(module.entry)
+    return _Walk(module, mesh_shape, loops or {}, kernel_cost, LoopLengths(module)).computation(module.entry)
 
 
 @dataclass
@@ -78,7 +74,6 @@ class _Walk:
     module: Module
     mesh_shape: Mapping[str, int]
     loops: Mapping[str, float]
-    branches: Mapping[str, tuple[float, float]]
     kernel_cost: KernelCost
     lengths: LoopLengths
     known: dict[str, Cost] = field(default_factory=dict)
@@ -98,7 +93,9 @@ class _Walk:
         if i.opcode == "while":
             return self.loop(i, where)
         if i.opcode == "conditional":
-            return self.conditional(i), 1.0
+            branches = re.findall(r"%([\w.\-]+)", i.attribute(r"branch_computations=\{([^}]*)\}") or "")
+            branches = branches or [i.called("true_computation"), i.called("false_computation")]
+            return max(map(self.computation, branches), key=lambda c: (c.flops, c.hbm_bytes)), 1.0
         if i.opcode in ("call", "async-start"):
             return self.computation(i.called("to_apply") or i.called("calls")), 1.0
         operands = operand_arrays(i, scope)
@@ -111,18 +108,6 @@ class _Walk:
             if sent:
                 result.collective_bytes[kind, axes] += sent
         return result, 1.0
-
-    def conditional(self, i: Instruction) -> Cost:
-        names = re.findall(r"%([\w.\-]+)", i.attribute(r"branch_computations=\{([^}]*)\}") or "")
-        names = names or [i.called("false_computation"), i.called("true_computation")]
-        costs = [self.computation(name) for name in names]
-        shares = next((shares for end, shares in self.branches.items() if i.op_name.endswith(end)), None)
-        if shares is None:
-            return max(costs, key=lambda c: (c.flops, c.hbm_bytes))
-        total = Cost()
-        for cost, share in zip(costs, shares, strict=True):
-            total.add(cost, share)
-        return total
 
     def loop(self, i: Instruction, where: str) -> tuple[Cost, float]:
         times = self.lengths.length(i, where)

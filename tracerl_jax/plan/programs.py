@@ -56,7 +56,6 @@ class PlannedProgram:
     runs: float  # per RL step
     resident: Any  # those of its arguments that stay on the devices between programs
     loops: dict[str, float] = field(default_factory=dict)  # of lengths that depend on data, see program_cost
-    branches: dict[str, tuple[float, float]] = field(default_factory=dict)  # that depend on data, see there
     kernel_cost: KernelCost = lambda instruction, operands: None
 
 
@@ -174,8 +173,8 @@ def _rollout_programs(
     fused = not full and program.groups > 1
     prefill = [] if full else [_prefill(config, model, traced, kept["prefill"])]
     make = _canvas_decode if full else _block_decode
-    loops, branches, kernel_cost = make(config, model, program, workload, slots, state.canvas.shape[1])
-    decode = PlannedProgram("decode", traced["decode"], mesh, 1, kept["decode"], loops, branches, kernel_cost)
+    loops, kernel_cost = make(config, model, program, workload, slots, state.canvas.shape[1])
+    decode = PlannedProgram("decode", traced["decode"], mesh, 1, kept["decode"], loops, kernel_cost)
     forwards = response_forwards(
         config, model.config, workload.response_tokens, workload.tokens_per_step, fused=fused
     )
@@ -195,14 +194,10 @@ def _prefill(
     return PlannedProgram("prefill", traced["prefill"], mesh, calls, kept, kernel_cost=cost)
 
 
-# How often what runs, and what its kernels cost.
-Decoding = tuple[dict[str, float], dict[str, tuple[float, float]], KernelCost]
-
-
 def _block_decode(
     config: RunConfig, model: Model, program: Program, workload: Workload, slots: int, length: int
-) -> Decoding:
-    """Of a block-causal model."""
+) -> tuple[dict[str, float], KernelCost]:
+    """(lengths of its loops, cost of its kernels) of a block-causal model."""
     mesh, samples, B = model.mesh, samples_of(config), program.block_size
     loop = decode_loop(config, model.config, workload, samples, slots, fused=program.groups > 1)
     live = workload.prompt_tokens + workload.response_tokens / 2
@@ -215,13 +210,13 @@ def _block_decode(
         "attention/shard_map/while": math.ceil(live / CHUNK[target_platform(mesh.devices.flat[0])]),
     }
     cost = decode_cost(model.config, mesh, min(slots, samples), queries, live, config.rollout.kv_dtype)
-    return loops, {}, cost
+    return loops, cost
 
 
 def _canvas_decode(
     config: RunConfig, model: Model, program: CanvasProgram, workload: Workload, slots: int, length: int
-) -> Decoding:
-    """Of a full-attention model, in slots of `length` tokens."""
+) -> tuple[dict[str, float], KernelCost]:
+    """The same of a full-attention model, in slots of `length` tokens."""
     mesh, samples, B, c = model.mesh, samples_of(config), program.block_size, model.config
     shards, active = row_shards(mesh), min(slots, samples)
     cached = program.cache != "none"
@@ -239,15 +234,15 @@ def _canvas_decode(
     def kernel_cost(instruction, operands):
         return whole(instruction, operands) or cost(instruction, operands)
 
+    share = loop.whole / loop.forwards
     loops = {
         "jit(decode)/while": loop.forwards,
+        "body/refresh/while": share, "body/step/while": 1 - share,  # whether a forward is the one or the other
+        "refresh/while/body/shard_map/while": _head_groups(program.gathered * B, B, workload),
         "body/shard_map/while": _head_groups(active / shards * B, B, workload),
-        "branch_0_fun/shard_map/while": _head_groups(active / shards * B, B, workload),
-        "branch_1_fun/shard_map/while": _head_groups(program.gathered * B, B, workload),
         "attention/shard_map/while": math.ceil((before + behind) / CHUNK[target_platform(mesh.devices.flat[0])]),
-    }
-    share = loop.whole / loop.forwards
-    return loops, {"while/body/cond": (1 - share, share)} if cached else {}, kernel_cost
+    }  # fmt: skip
+    return loops, kernel_cost
 
 
 def _head_groups(positions: float, block_size: int, workload: Workload) -> int:
@@ -307,7 +302,7 @@ def _training_programs(
     values = learner.value_batches(replays)[0][0] if config.value.enabled else None
     intervals = np.concatenate([batch["rows"].intervals for batch in batches])
     intervals = intervals[intervals.any((1, 2))]  # of rows that hold something
-    rows, T = batches[0]["rows"].ids.shape
+    rows, T = batches[0]["rows"].shape
 
     def spec(batch):
         return jax.tree.map(
@@ -315,7 +310,10 @@ def _training_programs(
         )
 
     block_size = config.rollout.block_size or model.block_size
-    steps = [step_replay(config, model, workload, shrink, rows * T) for shrink in shrinks(rl, block_size)]
+    steps = [
+        step_replay(config, model, workload, shrink, learner.row_lengths, rows * T)
+        for shrink in shrinks(rl, block_size)
+    ]
     (runs,) = (step.runs for step in steps if step.shrink == rl.shrink)
     traced = learner.traced(spec(batches[0]), None if values is None else spec(values))
     kept, attention = _training_arguments(config, resident), attention_cost(model, mesh, intervals, rows)

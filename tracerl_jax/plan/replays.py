@@ -53,7 +53,7 @@ class StepReplay:
 def count_replay(items: Sequence[ReplayItem], row_length: int | Sequence[int]) -> ReplayCount:
     """Of the replay items of a pass; `row_length` as of `pack`. Raises DataError for an item that no row holds."""
     rows = pack(items, row_length=row_length)
-    return ReplayCount(sum(len(item.group_ids) for item in items), rows.token_count, *rows.ids.shape)
+    return ReplayCount(sum(len(item.group_start) for item in items), rows.token_count, *rows.shape)
 
 
 def shrinks(rl: RLSection, block_size: int) -> list[int]:
@@ -64,17 +64,18 @@ def shrinks(rl: RLSection, block_size: int) -> list[int]:
 
 
 def step_replay(
-    config: RunConfig, model: ModelConfig, workload: Workload, shrink: int, micro_batch_tokens: int
-) -> StepReplay:
-    """Of an RL step whose micro-batches hold so many tokens, padding included."""
+    config: RunConfig, model: ModelConfig, workload: Workload, shrink: int, row_lengths: Sequence[int],
+    micro_batch_tokens: int,
+) -> StepReplay:  # fmt: skip
+    """Of an RL step with rows of one of `row_lengths` whose micro-batches hold so many tokens, padding included."""
     rl, samples = dataclasses.replace(config.rl, shrink=shrink), samples_of(config)
     built = built_responses(config, rl, model, workload)
     items = [replay.item for replay in made_up_replays(config, rl, model, workload, built)]
     longest = longest_replays(config, rl, model, workload)
-    need = max(piece.size for replay in longest for piece in replay.item.pieces())
-    lengths = [length for length in row_lengths(rl) if length >= need]
+    need = max(replay.item.row_tokens for replay in longest)
+    lengths = [length for length in row_lengths if length >= need]
     kept = samples * workload.kept_fraction
-    count = count_replay(items, lengths or row_lengths(rl)).scaled(kept / built)
+    count = count_replay(items, lengths or row_lengths).scaled(kept / built)
     micro_batches = count.rows * count.row_length / micro_batch_tokens
     return StepReplay(shrink, kept, count, training_runs(rl, micro_batches, config.value.train_every))
 
@@ -84,10 +85,11 @@ def training_runs(rl: RLSection, micro_batches: float, value_every: int) -> dict
     updates = rl.minibatches * rl.epochs
     gradients = updates * max(1, math.ceil(micro_batches / rl.minibatches))
     forwards = max(1, math.ceil(micro_batches * rl.epochs))
-    # The sampler's log-probs are of no use for merged states. Where they are used, one micro-batch is replayed to
-    # compare.
+    # The sampler's log-probs are of no use for merged states. Where the sampler's own states are not replayed anyway,
+    # they are for one micro-batch, to compare.
     recompute = rl.old_logprobs == "recompute" or rl.shrink > 1
-    replay = (forwards if recompute else 1) + (forwards if rl.kl_to == "reference" else 0)
+    compared = not recompute or rl.shrink > 1 or rl.method != "tracerl"
+    replay = forwards * recompute + compared + forwards * (rl.kl_to == "reference")
     return {
         "replay": replay, "policy gradient": gradients, "policy apply": updates,
         "values": forwards, "value gradient": gradients / value_every, "value apply": updates / value_every,
@@ -97,11 +99,6 @@ def training_runs(rl: RLSection, micro_batches: float, value_every: int) -> dict
 def samples_of(config: RunConfig) -> int:
     """Responses of an RL step."""
     return config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-
-
-def row_lengths(rl: RLSection) -> list[int]:
-    """Lengths that rows may have: longer responses get longer rows."""
-    return [rl.row_length * 2**k for k in range(5)]
 
 
 def longest_replays(config: RunConfig, rl: RLSection, model: ModelConfig, workload: Workload) -> list[Replay]:

@@ -118,7 +118,8 @@ def _with_cache(program, params, banned, rows: Rows, keys: jax.Array, state: Slo
 def _if(wanted: jax.Array, function: Callable[[SlotState], SlotState], state: SlotState) -> SlotState:
     """`function(state)`, or `state`: as a loop of one turn or none. Loops update what they carry in place; `lax.cond`
     makes GPUs copy the whole cache where one branch writes it and the other does not."""
-    return lax.while_loop(lambda c: c[0], lambda c: (jnp.zeros((), bool), function(c[1])), (wanted, state))[1]
+    with jax.named_scope(function.__name__):  # by which a plan tells the two loops apart
+        return lax.while_loop(lambda c: c[0], lambda c: (jnp.zeros((), bool), function(c[1])), (wanted, state))[1]
 
 
 def _waiting(program: Program, state: SlotState) -> jax.Array:
