@@ -1,9 +1,10 @@
-"""Evaluation of DiffuCoder-7B as the TraceRL paper's code decodes it (arXiv 2509.06949): blocks of 32, as Dream,
-temperature 0.1, three answers a problem, prefix cache; static and dynamic at 0.95.
+"""Evaluation of DiffuCoder-7B as the TraceRL paper's code decodes it (arXiv 2509.06949): the settings of Dream
+(`eval_dream_7b`), three programs a problem.
 
-    tracerl eval --config eval_diffucoder_7b --model DiffuCoder-7B-Instruct --tasks humaneval,mbpp --output results/diffucoder_7b
+    tracerl eval --config eval_diffucoder_7b --model DiffuCoder-7B-Instruct --tasks humaneval,mbpp \
+        --output results/diffucoder_7b
 
-`--config.rollout.cache=none --config.rollout.horizon=none` decodes without the cache, which is an approximation.
+`--cache none` decodes without the cache, which is an approximation.
 """
 
 from tracerl_jax.configs import rl_diffucoder_7b_code

@@ -1,9 +1,10 @@
-"""Evaluation of Dream-7B as the TraceRL paper's code decodes it (arXiv 2509.06949): blocks of 32, its first token first, top-k 40 and top-p 0.95,
-temperature 0.1, three answers a problem, prefix cache; static and dynamic at 0.95.
+"""Evaluation of Dream-7B as the TraceRL paper's code decodes it (arXiv 2509.06949): blocks of 32, their
+first token first, top-k 40, top-p 0.95, temperature 0.1, three answers a problem, prefix cache; static, and dynamic at
+0.95.
 
     tracerl eval --config eval_dream_7b --model Dream-v0-Instruct-7B --tasks math500,gsm8k --output results/dream_7b
 
-`--config.rollout.cache=none --config.rollout.horizon=none` decodes without the cache, which is an approximation.
+`--cache none` decodes without the cache, which is an approximation.
 """
 
 from tracerl_jax.configs import rl_dream_7b_math

@@ -3,10 +3,10 @@
     tracerl rl --config rl_diffucoder_7b_code --config.model.path=DiffuCoder-7B-Instruct \
         --config.task.path=code_train.jsonl --config.task.eval_path=livecodebench.jsonl
 
-The paper (arXiv 2509.06949) trains Dream-7B-Coder on 6,000 problems of PrimeIntellect this way, after supervised training
-on CodeContests: `--config.model.path=Dream-Coder-v0-Instruct-7B`. The reward is the share of the tests that a program
-passes; only groups whose rewards all agree are dropped. `rl_diffucoder_7b_code:value` adds the diffusion value model.
-Not yet run here.
+The paper (arXiv 2509.06949) trains Dream-Coder-7B on 6,000 problems of PrimeIntellect this way, after supervised
+training on CodeContests: `--config.model.path=Dream-Coder-v0-Instruct-7B`. The reward is the share of the tests that a
+program passes; only groups whose rewards all agree are dropped. `rl_diffucoder_7b_code:value` adds the diffusion value
+model. Not yet run here.
 """
 
 from tracerl_jax.configs.rl_dream_7b_math import like_dream

@@ -4,8 +4,8 @@
         --config.task.path=math_train.jsonl --config.task.eval_path=math500.jsonl
 
 `rl_dream_7b_math:value` adds the diffusion value model, which the published code does not have for this family. Not yet
-run here; which chips it fits: docs/presets.md. `--config.rollout.strategy=dynamic` decodes several tokens per step. What the cache does to samples, and what
-is measured of it: docs/full_attention.md.
+run here; which chips it fits, and what a step costs: docs/presets.md. `--config.rollout.strategy=dynamic` decodes
+several tokens per step. What the cache does to samples, and what is measured of it: docs/full_attention.md.
 """
 
 from ml_collections import ConfigDict

@@ -91,7 +91,8 @@ def test_many_responses_are_scaled_up_from_some():
 def test_runs_of_the_programs():
     rl = run_config(**{"rl.minibatches": 2, "rl.epochs": 3, "rl.shrink": 2}).rl
     assert training_runs(rl, 5.0, 2) == {
-        "replay": 15 + 1, "policy gradient": 6 * 3, "policy apply": 6, "values": 15, "value gradient": 9, "value apply": 3
+        "replay": 15 + 1, "policy gradient": 6 * 3, "policy apply": 6, "values": 15, "value gradient": 9,
+        "value apply": 3,
     }  # fmt: skip
     # One micro-batch of the sampler's own states is replayed to compare, unless those are what is replayed anyway.
     own = dataclasses.replace(rl, shrink=1)

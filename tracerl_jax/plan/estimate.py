@@ -112,7 +112,8 @@ def estimate_run(run: PlannedRun, topology: Topology, mesh: Mesh) -> Plan:
 
 
 def shrink_cost(estimates: list[Estimate], replay: StepReplay, chips: int) -> ShrinkCost:
-    """From the programs of a run with another `rl.shrink`: their rows are the same, only more or fewer."""
+    """From the programs of a run with another `rl.shrink`: rows are as long, only more or fewer. (That the head sees
+    more targets in a row of merged states is left out.)"""
     if any(p.overflow for p in estimates):
         return ShrinkCost(replay, None, None)
     runs = {p.name: replay.runs.get(p.name, p.runs) for p in estimates}
