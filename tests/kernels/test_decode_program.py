@@ -29,7 +29,8 @@ def compiled_decode(mesh, platform, dtype, attention="block_causal", **cache):
         traced = Engine(model, abstract_rollout_params(model), config).traced(requests)["decode"]
         compiled = traced.lower(lowering_platforms=(platform,)).compile()
     rows, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
-    pages = (ROWS // rows + 1) * LENGTH // PAGE + 1
+    shared = attention != "full"  # prompts have pages of their own, whose tokens depend on no response
+    pages = (ROWS // rows + shared) * LENGTH // PAGE + 1
     return compiled, (CONFIG.num_layers, pages, CONFIG.num_kv_heads // tensor, PAGE, CONFIG.head_dim)
 
 
