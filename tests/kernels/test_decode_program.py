@@ -29,7 +29,8 @@ def compiled_decode(mesh, platform, dtype, attention="block_causal", **cache):
         traced = Engine(model, abstract_rollout_params(model), config).traced(requests)["decode"]
         compiled = traced.lower(lowering_platforms=(platform,)).compile()
     rows, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
-    pages = (ROWS // rows + 1) * LENGTH // PAGE + 1
+    shared = attention != "full"  # prompts have pages of their own, whose tokens depend on no response
+    pages = (ROWS // rows + shared) * LENGTH // PAGE + 1
     return compiled, (CONFIG.num_layers, pages, CONFIG.num_kv_heads // tensor, PAGE, CONFIG.head_dim)
 
 
@@ -50,7 +51,7 @@ def test_the_loop_updates_the_cache_in_place(topology, sizes, full):
     compiled, shape = compiled_decode(make_mesh(*sizes, devices=devices), platform, dtype, **full)
     part = math.prod(shape) * (4 if dtype == "float32" else 2)
     memory = compiled.memory_analysis()
-    assert memory.temp_size_in_bytes < part / 8
+    assert memory.temp_size_in_bytes < part / (4 if full else 8)  # a full forward holds a canvas' keys and values
     assert memory.alias_size_in_bytes >= 2 * part
     text = compiled.as_text()
     dims = ",".join(map(str, shape))

@@ -237,7 +237,7 @@ def test_sft_updates_that_are_not_finite_change_nothing_and_are_counted(whole, t
     evidence = run / "nonfinite-sft-update-3-policy.npz"
     assert "sft update 3, policy: 3 updates in a row had a loss, a gradient or samples that are not finite" in error
     assert str(evidence) in error and "tracerl convert --from" in error
-    assert {"rows.ids", "rows.intervals", "rows.target_weight"} <= set(np.load(evidence))
+    assert {"rows.source_ids", "rows.segments.column", "rows.target_weight"} <= set(np.load(evidence))
     assert main(["sft", "--config", config, "--config.rl.max_skipped_updates=9"]) == 0
     rows = metric_rows(run)
     assert [(row["sft/skipped"], row["sft/loss"]) for row in rows] == [(1, None), (2, None), (3, None), (4, None)]
@@ -266,7 +266,7 @@ def test_rl_updates_that_are_not_finite_change_nothing_and_end_the_run_with_the_
     assert main(["rl", "--config", config, "--config.rl.max_skipped_updates=6"]) == 2
     assert "rl step 2, value: 6 updates in a row" in capsys.readouterr().err
     assert saved_state(run)[1]["skipped_in_a_row"] == {"policy": 4, "value": 4}
-    assert {"rows.ids", "old_values", "returns"} <= set(np.load(run / "nonfinite-rl-step-2-value.npz"))
+    assert {"rows.source_ids", "old_values", "returns"} <= set(np.load(run / "nonfinite-rl-step-2-value.npz"))
     assert main(["rl", "--config", config, "--config.rl.max_skipped_updates=99"]) == 0
     assert [row["updates/skipped"] for row in metric_rows(run)] == [8, 8, 8]
     weights, exported = load_file(Path(folder) / "model.safetensors"), load_file(run / "hf" / "model.safetensors")
