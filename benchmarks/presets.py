@@ -56,7 +56,8 @@ responses, is cheaper.
 
 TraDo 4B and 8B have the shapes of SDAR 4B and 8B, `rl_diffucoder_7b_code` compiles the programs of `rl_dream_7b_math`,
 and LLaDA 1.5 has the shapes of LLaDA. A v5p-64 slice of Google Cloud, which counts cores, has 32 chips. What a step
-costs with other values of `rl.shrink`: the table that `tracerl plan` prints.
+costs with other values of `rl.shrink`: the table that `tracerl plan` prints. Rows are not all of one commit: those of
+SDAR were compiled before training rows were made on the device.
 """
 
 
