@@ -206,7 +206,7 @@ def _block_decode(
         "jit(decode)/while": loop.forwards,
         # Of the fused head, which no draft is assumed to spare anything, and of `chunked_decode_attention` for backends
         # without a kernel.
-        "body/shard_map/while": _head_groups(min(slots, samples) / row_shards(mesh) * queries, B, workload),
+        f"body/{_sharded(mesh)}while": _head_groups(min(slots, samples) / row_shards(mesh) * queries, B, workload),
         "attention/shard_map/while": math.ceil(live / CHUNK[target_platform(mesh.devices.flat[0])]),
     }
     cost = decode_cost(model.config, mesh, min(slots, samples), queries, live, config.rollout.kv_dtype)
@@ -238,11 +238,16 @@ def _canvas_decode(
     loops = {
         "jit(decode)/while": loop.forwards,
         "body/refresh/while": share, "body/step/while": 1 - share,  # whether a forward is the one or the other
-        "refresh/while/body/shard_map/while": _head_groups(program.gathered * B, B, workload),
-        "body/shard_map/while": _head_groups(active / shards * B, B, workload),
+        f"refresh/while/body/{_sharded(mesh)}while": _head_groups(program.gathered * B, B, workload),
+        f"body/{_sharded(mesh)}while": _head_groups(active / shards * B, B, workload),
         "attention/shard_map/while": math.ceil((before + behind) / CHUNK[target_platform(mesh.devices.flat[0])]),
     }  # fmt: skip
     return loops, kernel_cost
+
+
+def _sharded(mesh: Mesh) -> str:
+    """How the compilers name what runs inside `jax.shard_map`."""
+    return "shard_map/" if mesh.size > 1 else ""
 
 
 def _head_groups(positions: float, block_size: int, workload: Workload) -> int:
