@@ -52,6 +52,18 @@ def test_every_step_of_it_updates_both_models(whole):
     assert position["data"] == {"epoch": 0, "position": 12, "seed": 0}
 
 
+def test_every_row_says_how_fast_it_was(whole):
+    rows = list(read_jsonl(whole / "metrics.jsonl"))
+    phases = {"rollout", "values", "update_value", "update_policy", "total"}
+    for row in rows:
+        speeds = {name.split("/")[1] for name in row if name.startswith("chips/") and row[name] > 0}
+        assert speeds == {"rl": phases | {"replay"}, "sft": {"total"}, "eval": set()}[row["phase"]]
+        assert not any("mfu" in name or "hbm" in name or name.startswith("hosts/") for name in row)  # one CPU
+    row = [row for row in rows if row["phase"] == "sft"][-1]
+    assert row["sft/tokens_per_second"] == pytest.approx(row["chips/total/tokens_per_second"])
+    assert row["seconds/total"] >= row["seconds/pack"] + row["seconds/update"]
+
+
 def test_the_exported_folder_is_the_last_checkpoint(whole, tmp_path):
     model, params = load_run(whole)
     for folder in (whole / "hf", tmp_path / "converted"):
@@ -72,6 +84,13 @@ def test_the_exported_dtype_is_that_of_the_folder_the_run_started_from(whole, tm
     with run_module.Run(config) as run:
         shutil.rmtree(tmp_path / "start")  # no longer needed
         assert stored_dtype(run.export(params)) == "bfloat16"
+
+
+def test_a_profile_of_some_steps_changes_nothing(whole, tmp_path):
+    config = config_file(tmp_path / "config.py", **FULL)
+    assert main(["rl", "--config", config, "--profile", "2:2"]) == 0
+    assert_same_run(tmp_path / "run", whole)
+    assert len(list((tmp_path / "run" / "profile").glob("**/*.xplane.pb"))) == 1
 
 
 def interrupt(monkeypatch, number: int, trace: int) -> None:

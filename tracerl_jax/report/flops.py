@@ -1,8 +1,8 @@
 """Model FLOPs: what the mathematics of a step needs, whatever the programs do besides.
 
 Counted are matrix products, 2 per weight and token, and attention, 4 D per head and pair of a query and a key it sees;
-a gradient costs twice its forward pass. Norms, rotation, softmax and sampling are left out, as is usual. So are padding,
-recomputation (`model.remat`), drafts that were wrong and idle slots: these lower the utilisation instead.
+a gradient costs twice its forward pass. Norms, rotation, softmax and sampling are left out, as is usual. So are
+padding, recomputation (`model.remat`), drafts that were wrong and idle slots: these lower the utilisation instead.
 """
 
 from collections.abc import Iterable

@@ -17,7 +17,7 @@ Gather = Callable[[np.ndarray], np.ndarray]  # [n] -> [processes, n]
 
 
 def gather_processes(values: np.ndarray) -> np.ndarray:
-    """[n] -> [processes, n], float32 where there are several. Every process must call it, at the same point of its work."""
+    """[n] -> [processes, n], float32 where there are several. Every process must call it, all at the same point."""
     if jax.process_count() == 1:
         return values[None]
     return np.asarray(multihost_utils.process_allgather(np.asarray(values, np.float32)))

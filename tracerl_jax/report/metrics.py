@@ -161,7 +161,8 @@ KEY_FIGURES = {
         ("response_length/mean", "length", "{:.0f}"), ("rollout/tokens_per_denoise_step", "tok/step", "{:.2f}"),
         ("policy/kl", "kl", "{:.1e}"), ("policy/clip_fraction", "clip", "{:.1%}"),
         ("value/explained_variance", "ev", "{:.2f}"), ("replay/logprob_gap_max", "gap", "{:.0e}"),
-        ("updates/skipped", "skipped", "{:.0f}"), ("chips/total/mfu", "mfu", "{:.1%}"), ("seconds/total", "s", "{:.1f}"),
+        ("updates/skipped", "skipped", "{:.0f}"), ("chips/total/mfu", "mfu", "{:.1%}"),
+        ("seconds/total", "s", "{:.1f}"),
     ),
 }  # fmt: skip
 

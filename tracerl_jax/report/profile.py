@@ -1,6 +1,7 @@
 """A profile of some steps of a run, by `--profile FIRST:COUNT`: what hosts and devices did when, to the microsecond."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class Profiler:
             return
         if not self._traced:
             jax.block_until_ready(pending)  # else the trace would begin with the step before
-            if not self._try(jax.profiler.start_trace, self.folder):
+            if not self._try(partial(jax.profiler.start_trace, profiler_options=_options()), self.folder):
                 self._steps = range(0)
                 return
         self._traced.append(step)
@@ -54,3 +55,10 @@ class Profiler:
             log.warning("no profile (%s)", error)
             return False
         return True
+
+
+def _options() -> jax.profiler.ProfileOptions:
+    """Without every Python call, which slows steps down and fills the trace; the timer's phases are in it."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    return options

@@ -31,8 +31,8 @@ class Speed:
     """
 
     def __init__(
-        self, folder: RunDir, phase: str, *, phases: Sequence[str], local: Sequence[str], chips: int, product: str | None = None,
-        gather: Gather = gather_processes,
+        self, folder: RunDir, phase: str, *, phases: Sequence[str], local: Sequence[str], chips: int,
+        product: str | None = None, gather: Gather = gather_processes,
     ):  # fmt: skip
         self.folder, self.phase, self.local, self.chips, self.product = folder, phase, local, chips, product
         self.gather = gather
