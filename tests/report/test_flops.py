@@ -102,7 +102,7 @@ def test_xla_counts_the_same(passes):
     def forward(params):
         return model.logits(params, model.hidden(params, ids, positions, intervals)).sum()
 
-    function = forward if passes == 1 else jax.grad(forward)
+    function = forward if passes == 1 else jax.value_and_grad(forward)
     lowered = jax.jit(function).lower(model.abstract_params())
     found = (lowered.compile() if passes == 1 else lowered).cost_analysis()["flops"]
     want = passes * (trunk_flops(config, N * T, N * T * T) + head_flops(config, N * T))

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from tracerl_jax.report.hosts import Stragglers, by_host, gather_processes, slowest
+from tracerl_jax.report.hosts import Stragglers, by_host, gather_processes, host_table, slowest
 
 NAMES = ("seconds/rollout", "seconds/wait", "seconds/total")
 
@@ -63,6 +63,20 @@ def test_phases_are_counted_apart_and_what_costs_nothing_is_nobody_s_fault():
     for _ in range(3):
         said = stragglers.look({"rollout": np.array([1.0, 3.0]), "reward": np.array([0.3, 0.1])}, 10.0)
     assert len(said) == 1 and "process 1" in said[0]  # reward: 0.2 of 10 seconds
+
+
+def test_the_table_of_the_page_is_of_the_last_steps_of_the_last_phase_with_as_many_processes():
+    assert host_table([]) == {}
+    rows = [
+        {"step": 9, "phase": "sft", "seconds": {"pack": [9.0] * 3, "total": [9.0] * 3}},
+        {"step": 1, "phase": "rl", "seconds": {"rollout": [8.0, 8.0], "total": [8.0, 8.0]}},
+        {"step": 2, "phase": "rl", "seconds": {"rollout": [1.0, 2.0, 3.0], "total": [4.0] * 3}},
+        {"step": 3, "phase": "rl", "seconds": {"rollout": [1.0, None, 1.0], "save": [1.0] * 3, "total": [4.0] * 3}},
+    ]
+    assert host_table(rows) == {
+        "phase": "rl", "steps": 2, "phases": ["rollout", "total", "save"], "processes": 3,
+        "rows": [[2, 2.0, 4.0, 0.5], [0, 1.0, 4.0, 0.5], [1, 1.0, 4.0, 0.5]],
+    }  # fmt: skip
 
 
 PROCESS = """

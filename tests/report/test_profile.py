@@ -49,6 +49,14 @@ def test_a_trace_that_cannot_be_made_does_not_stop_training(tmp_path, monkeypatc
     assert [record.getMessage() for record in caplog.records] == ["no profile (only one profile may be run at a time)"]
 
 
+def test_steps_that_were_not_run_are_named_once(tmp_path, caplog):
+    profiler = Profiler(range(5, 7), tmp_path)
+    for step in (1, 2, 9):
+        profiler.at(step)
+    profiler.close()
+    assert [record.getMessage() for record in caplog.records] == ["report.profile: none of the steps 5 to 6 was run"]
+
+
 def test_the_config_names_steps():
     assert ReportSection(profile="10:3").profiled == range(10, 13)
     assert not ReportSection().profiled

@@ -18,7 +18,7 @@ WORK = {"rollout": Work(4000, 4e12, seconds=5.0), "update_policy": Work(16_000, 
 
 def speed_of(folder, gather=None, chips=2) -> Speed:
     gather = {} if gather is None else {"gather": gather}
-    return Speed(folder, "rl", phases=PHASES, local=("rollout", "reward"), chips=chips, product="rollout", **gather)
+    return Speed(folder, "rl", phases=PHASES, chips=chips, product="rollout", **gather)
 
 
 @pytest.fixture

@@ -86,13 +86,6 @@ def test_the_exported_dtype_is_that_of_the_folder_the_run_started_from(whole, tm
         assert stored_dtype(run.export(params)) == "bfloat16"
 
 
-def test_a_profile_of_some_steps_changes_nothing(whole, tmp_path):
-    config = config_file(tmp_path / "config.py", **FULL)
-    assert main(["rl", "--config", config, "--profile", "2:2"]) == 0
-    assert_same_run(tmp_path / "run", whole)
-    assert len(list((tmp_path / "run" / "profile").glob("**/*.xplane.pb"))) == 1
-
-
 def interrupt(monkeypatch, number: int, trace: int) -> None:
     """Send ourselves a signal when trace number `trace` from now on comes out of a rollout or an evaluation."""
     original, seen = run_module.Run.watch, []
@@ -184,10 +177,12 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_gives_the_same_bit
 
 
 def test_more_steps_continue_a_finished_run(whole, tmp_path):
-    """Three steps, then six: the same as six at once, but for the evaluation after the third."""
+    """Three steps, then six: the same as six at once, but for the evaluation after the third. The profile of some of
+    them changes nothing."""
     train(tiny(tmp_path, **FULL, rl__steps=3))
     assert read_json(tmp_path / "run" / "summary.json")["eval"].keys() == {"before", "after"}
-    train(tiny(tmp_path, **FULL))
+    train(tiny(tmp_path, **FULL, report__profile="5:2"))
+    assert len(list((tmp_path / "run" / "profile").glob("**/*.xplane.pb"))) == 1
     path = tmp_path / "run" / "metrics.jsonl"
     rows = [row for row in read_jsonl(path) if (row["phase"], row["step"]) != ("eval", 3)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

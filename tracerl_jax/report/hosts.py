@@ -1,15 +1,17 @@
 """One table of what every process measured, and who is late.
 
-Processes that run a collective wait for each other in it, so its phase takes all of them the same time, whoever was
-late. Late is said of phases of local work alone, such as decoding and grading the process's own samples.
+Processes that run a collective wait for each other in it, so its phase takes all of them the same time, or those the
+longest that wait for another. Late is said of phases of local work alone.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+LOCAL = ("rollout", "reward", "pack")  # phases in which a process works by itself, on its own samples
 RATIO, STEPS = 1.5, 3  # so many times the median, in so many steps in a row, is late
 SHARE = 0.05  # of the step's time; less is nobody's loss
 
@@ -70,3 +72,30 @@ class Stragglers:
                     f"process {process} is {ratio:.1f}x slower than the median in {phase} for {count} steps in a row"
                 )
         return said
+
+
+SHOWN_STEPS, SHOWN_PROCESSES = 20, 16
+
+
+def host_table(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of rows of hosts.jsonl: mean seconds of every phase by process over the last steps, the slowest in local work
+    first; {} without rows.
+
+    {"phase": of the rows, "steps": how many, "phases": names, "processes": in all, "rows": [index, seconds, ..]}
+    """
+    rows = list(rows)
+    if not rows:
+        return {}
+    last = [row for row in rows if row["phase"] == rows[-1]["phase"]][-SHOWN_STEPS:]
+    phases = list(dict.fromkeys(name for row in last for name in row["seconds"]))
+    count = len(last[-1]["seconds"]["total"])
+    # A run may be continued by more or fewer processes, and a phase that a step does not have takes no time.
+    last = [row["seconds"] for row in last if len(row["seconds"]["total"]) == count]
+    none = [0.0] * count
+    means = np.mean([[[x or 0.0 for x in row.get(name, none)] for name in phases] for row in last], axis=0)
+    work = sum((means[phases.index(name)] for name in LOCAL if name in phases), np.zeros(count))
+    order = np.argsort(-work, kind="stable")[:SHOWN_PROCESSES]
+    return {
+        "phase": rows[-1]["phase"], "steps": len(last), "phases": phases,
+        "processes": count, "rows": [[int(i), *means[:, i].tolist()] for i in order],
+    }  # fmt: skip

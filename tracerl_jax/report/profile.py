@@ -14,7 +14,7 @@ class Profiler:
     """Traces the steps of a range into a folder, in every process into one of its own.
 
         profiler.at(step, pending)    before each step; `pending`: what the device still works on
-        profiler.close(pending)
+        profiler.close()
 
     A trace that fails is a warning: training goes on.
     """
@@ -27,7 +27,7 @@ class Profiler:
 
     def at(self, step: int, pending: Any = ()) -> None:
         if step not in self._steps:
-            self.close(pending)
+            self._stop(pending)
             return
         if not self._traced:
             jax.block_until_ready(pending)  # else the trace would begin with the step before
@@ -36,8 +36,13 @@ class Profiler:
                 return
         self._traced.append(step)
 
-    def close(self, pending: Any = ()) -> None:
-        """End the trace, if one is running, once the device is done with `pending`."""
+    def close(self) -> None:
+        """After the last step."""
+        self._stop(())
+        if self._steps:
+            log.warning("report.profile: none of the steps %d to %d was run", self._steps[0], self._steps[-1])
+
+    def _stop(self, pending: Any) -> None:
         if not self._traced:
             return
         jax.block_until_ready(pending)

@@ -9,7 +9,7 @@ import numpy as np
 
 from tracerl_jax.plan.chips import chip_of
 from tracerl_jax.report.flops import Work
-from tracerl_jax.report.hosts import Gather, Stragglers, by_host, gather_processes, slowest
+from tracerl_jax.report.hosts import LOCAL, Gather, Stragglers, by_host, gather_processes, slowest
 from tracerl_jax.report.run_dir import RunDir
 from tracerl_jax.units import GIB
 
@@ -25,16 +25,15 @@ class Speed:
       folder: of the run; where several processes take part, the first writes hosts.jsonl there.
       phase: of the rows, "sft" or "rl".
       phases: what the loop's timer knows, "total" not among them; the same on every process.
-      local: those of them in which a process works by itself (see report/hosts.py).
       chips: that the loop's programs run on, on all processes together.
       product: the phase whose tokens the whole step is for; None: the work of "total" is given.
     """
 
     def __init__(
-        self, folder: RunDir, phase: str, *, phases: Sequence[str], local: Sequence[str], chips: int,
+        self, folder: RunDir, phase: str, *, phases: Sequence[str], chips: int,
         product: str | None = None, gather: Gather = gather_processes,
     ):  # fmt: skip
-        self.folder, self.phase, self.local, self.chips, self.product = folder, phase, local, chips, product
+        self.folder, self.phase, self.chips, self.product = folder, phase, chips, product
         self.gather = gather
         chip = chip_of(jax.local_devices()[0].device_kind)
         self.peak = None if chip is None else chip.flops
@@ -71,7 +70,7 @@ class Speed:
         if processes == 1:
             return {}
         named = {name.partition("/")[2]: each for name, each in table.items() if name.startswith("seconds/")}
-        local = {name: named[name] for name in self.local if name in named}
+        local = {name: named[name] for name in LOCAL if name in named}
         warnings = self.stragglers.look(local, float(np.nanmax(named["total"])))
         if jax.process_index() == 0:
             each = {name: [float(value) for value in values] for name, values in named.items()}

@@ -74,9 +74,7 @@ def train_rl(
     rollouts = open_rollouts(run, engine, iterator, learner.policy.params, ahead)
     metric_log = run.open_log("rl", config.rl.steps, progress.rl_step)
     timer = PhaseTimer()
-    speed = Speed(
-        run.folder, "rl", phases=PHASES, local=("rollout", "reward"), chips=run.mesh.size, product="rollout"
-    )
+    speed = Speed(run.folder, "rl", phases=PHASES, chips=run.mesh.size, product="rollout")
     profiler = Profiler(config.report.profiled, run.path / "profile")
     saved = progress.rl_step
 

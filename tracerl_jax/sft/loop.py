@@ -61,7 +61,7 @@ def train_sft(
     log = run.open_log("sft", config.steps, progress.sft_step)
     metrics = DelayedMetrics(log)
     timer, previous = PhaseTimer(), None
-    speed = Speed(run.folder, "sft", phases=PHASES, local=("pack",), chips=run.mesh.size)
+    speed = Speed(run.folder, "sft", phases=PHASES, chips=run.mesh.size)
     profiler = Profiler(range(0) if run.config.rl.steps else run.config.report.profiled, run.path / "profile")
 
     def settle():
