@@ -66,7 +66,8 @@ def test_a_run_that_has_just_begun(tmp_path):
     with RunDir(tmp_path) as run:
         run.write_config({})
         data = page_data(build_page(tmp_path))
-    assert data["status"] == "running" and data["charts"] == data["samples"] == [] and data["eval"] == data["hosts"] == {}
+    assert data["status"] == "running" and data["charts"] == data["samples"] == []
+    assert data["eval"] == data["hosts"] == {}
 
 
 def test_a_killed_run_does_not_count_as_running(tmp_path):

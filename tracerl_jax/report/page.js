@@ -50,7 +50,7 @@ function showHosts(root) {
   root.append(el("h2", { text: "Processes" }),
     el("p", { text: `Mean seconds over the last ${steps} rows of ${phase}, the slowest in rollout, reward or pack first`
       + (rows.length < processes ? `; ${rows.length} of ${processes} processes.` : ".") }),
-    el("div", { class: "card rows" }, el("table", {},
+    el("div", { class: "card hosts" }, el("table", {},
       el("thead", {}, el("tr", {}, ...["process", ...phases].map((name) => el("th", { scope: "col", text: name.replace(/_/g, " ") })))),
       el("tbody", {}, ...rows.map(([index, ...each]) => el("tr", {}, el("td", { text: index }),
         ...each.map((value) => el("td", { text: seconds(value) }))))))));
