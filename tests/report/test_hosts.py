@@ -81,24 +81,29 @@ def test_the_table_of_the_page_is_of_the_last_steps_of_the_last_phase_with_as_ma
 
 PROCESS = """
 import json, sys
+from pathlib import Path
 import jax
-index, address = int(sys.argv[1]), sys.argv[2]
+index, address, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 jax.distributed.initialize(address, 2, index)
 from tracerl_jax.report.hosts import by_host, gather_processes
+from tracerl_jax.report.profile import Profiler
+profiler = Profiler(range(1, 2), folder)
+profiler.at(1)
 mine = {"seconds/total": 1.0 + index} | ({"seconds/rollout": 0.5} if index else {})
 table = by_host(mine, ["seconds/rollout", "seconds/total"], gather_processes)
+profiler.close()
 print(json.dumps({name: [None if x != x else x for x in column.tolist()] for name, column in table.items()}))
 """
 
 
-def test_two_processes_see_the_same_table():
+def test_two_processes_see_the_same_table_and_write_profiles_of_their_own(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(index), address], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True,
+            [sys.executable, "-c", PROCESS, str(index), address, str(tmp_path)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for index in range(2)
     ]  # fmt: skip
@@ -107,3 +112,5 @@ def test_two_processes_see_the_same_table():
     for out, _ in outputs:
         (line,) = [line for line in out.splitlines() if line.startswith("{")]  # Gloo writes there too
         assert json.loads(line) == {"seconds/rollout": [None, 0.5], "seconds/total": [1.0, 2.0]}
+    folders = {path.relative_to(tmp_path).parts[0] for path in tmp_path.glob("**/*.xplane.pb")}
+    assert folders == {"process0", "process1"}

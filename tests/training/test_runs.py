@@ -58,7 +58,9 @@ def test_every_row_says_how_fast_it_was(whole):
     for row in rows:
         speeds = {name.split("/")[1] for name in row if name.startswith("chips/") and row[name] > 0}
         assert speeds == {"rl": phases | {"replay"}, "sft": {"total"}, "eval": set()}[row["phase"]]
-        assert not any("mfu" in name or "hbm" in name or name.startswith("hosts/") for name in row)  # one CPU
+        assert not any(name.startswith("hosts/") for name in row)
+        if jax.default_backend() == "cpu":
+            assert not any("mfu" in name or "hbm" in name for name in row)
     row = [row for row in rows if row["phase"] == "sft"][-1]
     assert row["sft/tokens_per_second"] == pytest.approx(row["chips/total/tokens_per_second"])
     assert row["seconds/total"] >= row["seconds/pack"] + row["seconds/update"]

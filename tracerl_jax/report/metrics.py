@@ -265,7 +265,7 @@ class BackgroundWriter:
       seconds: that `close` waits for it.
     """
 
-    def __init__(self, name: str, make: Callable[[], MetricWriter], rows: int = 1000, seconds: float = 60.0):
+    def __init__(self, name: str, make: Callable[[], MetricWriter], rows: int = 1000, seconds: float = 15.0):
         self.name, self.seconds = name, seconds
         self._rows: queue.Queue[tuple | None] = queue.Queue(rows)
         self._left_out, self._closing = 0, threading.Event()

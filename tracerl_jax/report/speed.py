@@ -64,7 +64,7 @@ class Speed:
             for name, each in table.items()
             if name.startswith("seconds/") or name in MEMORY
         }
-        return slow | chip_metrics(table, work, self.chips, self.peak) | self._host_metrics(step, table, processes)
+        return slow | chip_metrics(table, self.chips, self.peak) | self._host_metrics(step, table, processes)
 
     def _host_metrics(self, step: int, table: Mapping[str, np.ndarray], processes: int) -> dict[str, float]:
         if processes == 1:
@@ -84,16 +84,14 @@ class Speed:
         return metrics
 
 
-def chip_metrics(
-    table: Mapping[str, np.ndarray], work: Mapping[str, Work], chips: int, peak: float | None
-) -> dict[str, float]:
-    """Rates per chip of every phase in `work` out of a table of all processes' tokens, FLOPs and working seconds.
+def chip_metrics(table: Mapping[str, np.ndarray], chips: int, peak: float | None) -> dict[str, float]:
+    """Rates per chip of every phase with work out of a table of all processes' tokens, FLOPs and working seconds.
 
     The work is added up over processes; they work side by side, so the seconds are those of the slowest. `peak`: FLOP/s
     of a chip; None: the chip is not known, and there is no utilisation.
     """
     metrics = {}
-    for phase in work:
+    for phase in [name.removeprefix("working/") for name in table if name.startswith("working/")]:
         seconds = chips * float(np.nanmax(table[f"working/{phase}"]))
         if not seconds:
             continue
