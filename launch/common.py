@@ -98,6 +98,27 @@ def add_config_arguments(parser: CommandParser, schema: type, default: str | Non
     parser.epilog = f"{parser.epilog}\n\n{keys}" if parser.epilog else keys
 
 
+def add_training_arguments(parser: CommandParser) -> None:
+    """Those of a command that trains: of its config, and `--profile`, which is short for one of its keys."""
+    from tracerl_jax.config import RunConfig
+    from tracerl_jax.config_io import FLAG
+
+    add_config_arguments(parser, RunConfig)
+    parser.add_argument(
+        "--profile", metavar="FIRST:COUNT", help=f"write a profile of these steps, short for {FLAG}report.profile"
+    )
+
+
+def resolve_training(args: argparse.Namespace) -> Any:
+    """`resolve` for `add_training_arguments`."""
+    from tracerl_jax.config import RunConfig
+    from tracerl_jax.config_io import FLAG
+
+    if args.profile is not None:
+        args.overrides.append(f"{FLAG}report.profile={args.profile}")
+    return resolve(args, RunConfig)
+
+
 def resolve(args: argparse.Namespace, schema: type[Schema]) -> Schema:
     """The config that the flags ask for. With `--print_config`, prints it and exits with status 0.
 

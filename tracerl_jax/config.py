@@ -5,6 +5,7 @@ overrides any of them (see `config_io`). Library code takes these dataclasses an
 """
 # ruff: noqa: RUF009  (_doc is dataclasses.field with its documentation)
 
+import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -354,9 +355,22 @@ class ReportSection:
     samples_per_step: int = _doc(16, "rollouts written to samples.jsonl per RL step")
     tensorboard: bool = _doc(False, "also write TensorBoard events")
     wandb: bool = _doc(False, "also log to Weights & Biases")
+    profile: str | None = _doc(
+        None, "FIRST:COUNT, steps whose profile is written to <run>/profile: of RL, else of the supervised training"
+    )
 
     def __post_init__(self):
         _require_not_negative(self, "report", "samples_per_step")
+        _require(
+            self.profile is None or re.fullmatch(r"[1-9]\d*:[1-9]\d*", self.profile) is not None,
+            f"report.profile is {self.profile!r}, must be FIRST:COUNT, as in 10:3 for the steps 10, 11 and 12",
+        )
+
+    @property
+    def profiled(self) -> range:
+        """Steps of `profile`."""
+        first, count = map(int, (self.profile or "0:0").split(":"))
+        return range(first, first + count)
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,7 @@ def test_a_run_on_2x2x2_is_the_run_on_one_device(tmp_path, monkeypatch, preset, 
         assert row.keys() == want.keys()
         updates += "policy/grad_norm" in row and "value/grad_norm" in row
         for name in row:
-            timed = name.startswith("seconds/") or name.endswith(("_seconds", "tokens_per_second"))
+            timed = name.startswith(("seconds/", "chips/")) or name.endswith(("_seconds", "tokens_per_second"))
             if not (timed or isinstance(row[name], str)):
                 np.testing.assert_allclose(row[name], want[name], rtol=1e-4, atol=1e-4, err_msg=name)
     assert updates == 2

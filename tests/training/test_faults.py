@@ -186,6 +186,7 @@ def test_a_run_that_failed_before_its_first_row_may_be_mended_under_the_same_nam
     rows.write_text('{"prompt": "1+1=", "response": "2"}\n{"prompt": "1+2="}\n')
     config = config_file(tmp_path / "config.py", sft__path=str(rows), sft__steps=1, rl__steps=0, eval__strategies=[])
     command = ["sft", "--config", config, f"--config.model.path={tmp_path / 'model'}", "--config.model.preset=none"]
+    command += ["--profile", "1:1"]
     model_folder(whole, tmp_path / "model", num_hidden_layers=3)
     assert main(command) == 2
     assert "rows.jsonl:2: missing field 'response'" in capsys.readouterr().err  # named before the weights are read
@@ -196,6 +197,7 @@ def test_a_run_that_failed_before_its_first_row_may_be_mended_under_the_same_nam
     model_folder(whole, tmp_path / "model")
     assert main([*command, "--config.seed=7"]) == 0
     assert read_json(tmp_path / "run" / "config.json")["seed"] == 7
+    assert len(list((tmp_path / "run" / "profile").glob("**/*.xplane.pb"))) == 1
     assert main(command) == 2
     assert "seed: 7 -> 0" in capsys.readouterr().err  # from now on it is held to its config
 

@@ -83,6 +83,13 @@ class ReplayItem:
         return self.size if self.clean_len else min(self.size, self.block_size)
 
     @property
+    def pairs(self) -> int:
+        """Keys that its tokens see, all together."""
+        B, position = self.block_size, np.arange(len(self.clean))
+        ends = block_start(block_of(position, B, self.grid_offset) + 1, B, self.grid_offset)
+        return int(ends.sum()) + B * int((self.group_start + B).sum())
+
+    @property
     def target_column(self) -> np.ndarray:
         """[n] index of each target among the item's tokens: the clean stream, then the groups."""
         group = self.clean_len + self.block_size * self.target_group
