@@ -101,7 +101,7 @@ def written_out(samples, shrink):
     return np.pad(states, ((0, rest), (0, 0))), *np.pad(np.array(tokens), ((0, rest), (0, 0))).T, len(tokens)
 
 
-@pytest.mark.parametrize("cache", ["none", "dual", pytest.param("prefix", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cache", ["none", *(pytest.param(c, marks=pytest.mark.slow) for c in ("dual", "prefix"))])
 def test_the_gap_is_the_cache_whatever_is_replayed(cache):
     samples = sampled(cache)
     *dense, count = written_out(samples, 1)
