@@ -29,8 +29,9 @@ def get_config(arg=None):
             "rl": {
                 # A row holds four of the longest canvases, of 512 + 1024 tokens.
                 "steps": 100, "shrink": 8, "row_length": 6144, "rows_per_device": 1,
-                # Merged steps are states that the sampler did not visit.
-                "old_logprobs": "recompute",
+                # Merged steps are states that the sampler did not visit, and its cache is approximate: the weights,
+                # which the paper does not have, correct for both.
+                "old_logprobs": "recompute", "importance_sampling": "token",
                 "optimizer": {"learning_rate": 1e-6},
             },
             "eval": {"every": 10, "samples_per_prompt": 3, "temperature": 0.1, "static_temperature": 0.1,
