@@ -1,6 +1,7 @@
 """`tracerl plan`: prints what `tracerl_jax.plan` finds out about a config on a machine that is not there."""
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         kept_fraction=args.kept_fraction,
     )
     topology = parse_topology(args.topology)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=compile_devices(topology))
+    mesh = make_mesh(*dataclasses.astuple(config.mesh), devices=compile_devices(topology))
     plan = estimate_run(plan_run(config, mesh, workload), topology, mesh)
     if args.json:
         print(json.dumps({"config": args.config, **plan_dict(plan, config, workload)}, indent=2))

@@ -72,7 +72,7 @@ class Run:
     def __init__(self, config: RunConfig):
         self.config = config
         self.path = Path(config.runs_dir) / config.name
-        self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        self.mesh = make_mesh(*dataclasses.astuple(config.mesh))
         for stage in config.rollout.stages():
             rollout_options(stage, seed=0)  # for its ConfigError
         if config.rl.overlap != "none" and jax.process_count() > 1:
