@@ -8,6 +8,8 @@ import pytest
 from tracerl_jax.models.config import ModelConfig
 from tracerl_jax.models.layers import gated
 from tracerl_jax.models.moe import Kernels, MoE, mix_experts, top_experts
+from tracerl_jax.parallel.mesh import make_mesh
+from tracerl_jax.parallel.sharding import batch_sharding
 
 CONFIG = ModelConfig(vocab_size=8, width=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=8,
                      num_experts=6, experts_per_token=3, expert_width=10)

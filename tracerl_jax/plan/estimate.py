@@ -15,6 +15,7 @@ from tracerl_jax.plan.hlo import parse
 from tracerl_jax.plan.hlo_cost import Cost, program_cost
 from tracerl_jax.plan.programs import PlannedProgram, PlannedRun
 from tracerl_jax.plan.topology import Topology, usable_hbm
+from tracerl_jax.training.optimizer import HOST
 
 log = logging.getLogger(__name__)
 
@@ -70,11 +71,12 @@ class Plan:
         return self.peak_bytes <= self.limit_bytes and not any(p.overflow for p in self.programs)
 
 
-def chip_bytes(tree: Any) -> float:
-    """Bytes that arrays of these shapes and shardings take on one chip."""
+def chip_bytes(tree: Any, *, on_host: bool = False) -> float:
+    """Bytes that arrays of these shapes and shardings take on one chip, or `on_host` in its host's memory for it."""
     return sum(
         float(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)))
         for leaf in jax.tree.leaves(tree)
+        if (leaf.sharding.memory_kind == HOST) == on_host
     )
 
 
