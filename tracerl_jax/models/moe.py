@@ -55,7 +55,8 @@ class MoE(nn.Module):
         rows, narrow, tall = (mesh_spec(axes, mesh) for axes in
                               (("batch",), ("expert", None, "mlp"), ("expert", "mlp", None)))
         specs = (rows, rows, rows, Kernels(narrow, narrow, tall))
-        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows)(x, weights, chosen, kernels).astype(c.dtype)
+        local = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows)
+        return local(x, weights, chosen, kernels).astype(c.dtype)
 
 
 class Router(nn.Module):
