@@ -3,13 +3,12 @@
     python benchmarks/scaling.py --config rl_sdar_8b_math:value --topologies v5p:2x2x2 v5p:4x4x4 2xv5p:4x4x4
 
 Compiles what `tracerl plan` does, for one topology after the other, with all chips of a slice (or all GPUs) along fsdp
-and a replica per slice unless the config's mesh is given, and prints what a chip sends in one run of each program: bytes
-by kind and mesh axes, and the same divided by the ring factor (n-1)/n, which is what must not grow from one topology to
-the next. `--layers N` cuts the model: loops over layers are compiled once whatever their length, so this changes no
-collective but its count. Minutes per program and topology on two CPU cores; no accelerator.
+and a replica per slice, and prints what a chip sends in one run of each program: bytes by kind and mesh axes, and the
+same divided by the ring factor (n-1)/n, which is what must not grow from one topology to the next. `--layers N` cuts
+the model: loops over layers are compiled once whatever their length, so this changes no collective but its count.
+Minutes per program and topology on two CPU cores; no accelerator.
 """
 
-import argparse
 import json
 import math
 import os
@@ -24,14 +23,14 @@ from tracerl_jax.launch.common import CommandParser, add_config_arguments, resol
 def main() -> None:
     from tracerl_jax.config import RunConfig
 
-    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(prog="scaling.py", description=__doc__.partition("\n")[0], epilog=__doc__)
     add_config_arguments(parser, RunConfig)
     parser.add_argument("--topologies", nargs="+", required=True, metavar="CHIP:SHAPE")
     parser.add_argument("--programs", nargs="+", metavar="NAME", help="such as 'policy gradient' (default: all)")
     parser.add_argument("--layers", type=int, metavar="N", help="of the model (default: all it has)")
     parser.add_argument("--fsdp", type=int, default=-1, metavar="N", help="mesh.fsdp (default: the rest of a slice)")
     parser.add_argument("--data", type=int, metavar="N", help="mesh.data (default: the slices)")
-    args = parser.parse_args()
+    args = parser.parse(sys.argv[1:])
     for topology in args.topologies:
         for row in compiled(resolve(args, RunConfig), args, topology):
             print(json.dumps(row), flush=True)

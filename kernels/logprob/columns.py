@@ -72,7 +72,8 @@ def per_device(function: Callable, mesh: Mesh | None, axes: tuple, out_axes: tup
     """function(split, *operands), run on each device's part; `axes`: the logical axes of every operand and result."""
     if mesh is None:
         return lambda *operands: function(Split(), *operands)
-    split = Split(*(tuple(a for a in mesh_axes(name, mesh) if mesh.shape[a] > 1) for name in ("batch", "embed", "vocab")))
+    names = ("batch", "embed", "vocab")
+    split = Split(*(tuple(a for a in mesh_axes(name, mesh) if mesh.shape[a] > 1) for name in names))
     specs, out_specs = (tuple(mesh_spec(names, mesh) for names in group) for group in (axes, out_axes))
     # The loops start from accumulators made on the spot, which the varying-axes check refuses. Nothing is
     # differentiated through here: the ops bring their own gradients.

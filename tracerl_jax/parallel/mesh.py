@@ -9,6 +9,7 @@ So of the collectives of training only the reduction of gradients that fsdp has 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -82,7 +83,7 @@ def slice_groups(devices: Sequence[jax.Device], slices: int) -> list[list[jax.De
         raise ConfigError(f"mesh.slices is {slices}, but the {len(devices)} devices are in {len(found)} {what}: set it "
                           f"to {' or '.join(map(str, divisors))}.")
     parts, together = list(found.values()), len(found) // slices
-    groups = [sum(parts[i : i + together], []) for i in range(0, len(parts), together)]
+    groups = [list(itertools.chain(*parts[i : i + together])) for i in range(0, len(parts), together)]
     if len({len(group) for group in groups}) > 1:
         raise ConfigError(f"mesh.slices is {slices}, but they would have {_sizes(dict(enumerate(groups)))} devices: "
                           "start the job on slices of one size.")  # fmt: skip

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from tracerl_jax.plan.hlo import parse
@@ -195,7 +196,7 @@ def fabric_group(topology: Topology, mesh: Mesh, axes: str) -> list[jax.Device]:
     """The devices of the first group along "+"-joined mesh axes; of several slices, those in the first one."""
     first_slice = mesh.devices[: mesh.shape["data"] // topology.slices]
     index = tuple(slice(None) if axis in axes.split("+") else 0 for axis in mesh.axis_names)
-    return list(first_slice[index].ravel())
+    return list(np.ravel(first_slice[index]))
 
 
 def spanned_dimensions(topology: Topology, group: list[jax.Device]) -> list[int]:

@@ -94,10 +94,9 @@ def _program_terms(program: Estimate, plan: Plan, topology: Topology, there: Mes
     terms = {"compute": own * program.compute_seconds, "HBM": own * program.memory_seconds, "links": 0.0,
              "network": 0.0, "hops": 0.0}  # fmt: skip
     for (kind, axes), (sent, calls) in sent_there(program, plan, topology, there.shape).items():
-        group = fabric_group(topology, there, axes)
         where = "network" if leaves_fabric(topology, there, axes) else "links"
         terms[where] += sent / bandwidth(topology, there, kind, axes)
-        terms["hops"] += calls * hops(topology, group, axes) * HOP_SECONDS[where]
+        terms["hops"] += calls * hops(topology, there, axes) * HOP_SECONDS[where]
     return terms
 
 
@@ -150,10 +149,11 @@ def _members(axes: str, mesh: dict[str, int], topology: Topology) -> int:
     return math.prod(inside[axis] for axis in axes.split("+"))
 
 
-def hops(topology: Topology, group: Sequence, axes: str) -> int:
-    """Steps of a ring over the group: of several slices or hosts, over those; in a torus, along each dimension."""
+def hops(topology: Topology, mesh: Mesh, axes: str) -> int:
+    """Steps of a ring along the axes: of several slices or hosts, over those; in a torus, along each dimension."""
     if axes == SLICES:
         return topology.slices - 1
+    group = fabric_group(topology, mesh, axes)
     if topology.chip.chips_per_fabric is not None:
         hosts = len({device.process_index for device in group})
         return hosts - 1 if hosts > 1 else len(group) - 1
