@@ -41,8 +41,9 @@ def compiled(config, args, name: str):
     from dataclasses import replace
 
     from tracerl_jax.parallel.mesh import make_mesh
-    from tracerl_jax.plan import programs
+    from tracerl_jax.plan import estimate, programs
     from tracerl_jax.plan.estimate import chip_bytes, estimate_program
+    from tracerl_jax.plan.hlo import parse
     from tracerl_jax.plan.hlo_cost import SLICES
     from tracerl_jax.plan.topology import compile_devices, parse_topology
     from tracerl_jax.plan.workload import assume
@@ -60,7 +61,8 @@ def compiled(config, args, name: str):
     for program in run.programs:
         if args.programs and program.name not in args.programs:
             continue
-        start = time.perf_counter()
+        start, texts = time.perf_counter(), []
+        estimate.parse = lambda text, texts=texts: texts.append(parse(text)) or texts[-1]
         found = estimate_program(program, topology, resident)
         shape = {**program.mesh.shape, "data": program.mesh.shape["data"] // topology.slices, SLICES: topology.slices}
         sent = {}
@@ -76,7 +78,28 @@ def compiled(config, args, name: str):
             "host_bytes": sum(chip_bytes(tree, on_host=True) for tree in run.resident.values()),
             "compute_seconds": found.compute_seconds, "hbm_seconds": found.memory_seconds,
             "link_seconds": found.link_seconds, "network_seconds": found.network_seconds, "sent": sent,
+            "sends_between_slices": sends(texts[0]) if texts else None,  # all, and those beside products
         }  # fmt: skip
+
+
+def sends(module) -> tuple[int, int]:
+    """(sends to other slices in the compiled text, those of them that are under way while a matrix product or a kernel
+    runs): the text of a TPU program is in the order in which it runs."""
+    from tracerl_jax.plan.hlo_cost import KERNEL_TARGETS
+
+    def works(i) -> bool:
+        inner = module.computations.get(i.called("calls") or "", {})
+        return i.opcode in ("dot", "convolution") or i.target in KERNEL_TARGETS or any(map(works, inner.values()))
+
+    every = beside = 0
+    for scope in module.computations.values():
+        order = list(scope.values())
+        for n, i in enumerate(order):
+            if i.opcode != "send" or "_xla_megascale_transfer_type" not in i.attributes:
+                continue
+            end = next(m for m, j in enumerate(order) if j.opcode == "send-done" and i.name in j.operands)
+            every, beside = every + 1, beside + any(map(works, order[n:end]))
+    return every, beside
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def test_the_table(topology, platform):
     network = [row.terms["network"] for row in rows]
     assert network[0] == 0 and network[-1] > 0  # eight chips are one slice, or one host
     hops = [row.terms["hops"] for row in rows]
-    assert hops == sorted(hops)
+    assert hops[0] > 0 and hops[3:] == sorted(hops[3:])  # a torus closed to rings has fewer than a smaller open one
     dicts = scaling_dicts(rows)
     assert dicts[0]["efficiency"] == 1 and Counter(map(str, dicts[0]["terms"])) == Counter(map(str, rows[0].terms))
     text = format_scaling(plan, rows)
