@@ -1,6 +1,7 @@
 """Weak scaling on paper: layouts, what a chip sends on other meshes, and what the table says. Compiles nothing."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -98,6 +99,19 @@ def test_the_table(topology, platform):
     text = format_scaling(plan, rows)
     assert "grows most from 8 to 1,024 chips: " in text and "stops scaling: " in text
     assert len({len(line) for line in text.splitlines()[1:10]}) == 1  # columns
+
+
+def test_decoding_sends_as_much_on_any_number_of_chips():
+    if missing := missing_compiler("tpu"):
+        pytest.skip(missing)
+    plan = plan_of("v5p:4x4x4", {"data": 1, "fsdp": 64})
+    cost = Cost()
+    cost.collective_calls["all-reduce", "tensor"] = 1000
+    decode = Estimate("decode", 1, 1.0, 0, 0, 0, None, cost, 0.0, 1.0, link_seconds=0.5)
+    plan = replace(plan, programs=[decode], rollout_mesh={"data": 16, "fsdp": 1, "tensor": 4})
+    rows = weak_scaling(plan, (8, 64, 1024))
+    assert all(row.terms == {**rows[0].terms, "links": 0.5, "network": 0.0} for row in rows)
+    assert rows[0].terms["hops"] == pytest.approx(1000 * 3 * 1e-6) and rows[0].seconds == 1.0
 
 
 def test_a_mesh_that_fits_no_other_number_of_chips():

@@ -28,6 +28,7 @@ CHIPS = tuple(2**n for n in range(3, 11))
 TERMS = ("compute", "HBM", "links", "network", "hops")
 # Assumed, not published: from a chip to the next one, and from host to host over the network.
 HOP_SECONDS = {"links": 1e-6, "network": 2e-5}
+DECODING = ("prefill", "decode")
 ENOUGH = 0.9  # of the throughput per chip on the fewest chips
 
 
@@ -93,6 +94,11 @@ def _program_terms(program: Estimate, plan: Plan, topology: Topology, there: Mes
     own = shard if program.name.endswith("apply") else 1.0
     terms = {"compute": own * program.compute_seconds, "HBM": own * program.memory_seconds, "links": 0.0,
              "network": 0.0, "hops": 0.0}  # fmt: skip
+    if program.name in DECODING:  # what they send stays in a group of rollout.tensor chips, as large as ever
+        calls, where = sum(program.cost.collective_calls.values()), "network" if program.network_seconds else "links"
+        steps = plan.rollout_mesh["tensor"] - 1
+        links = program.link_seconds - program.network_seconds
+        return terms | {"links": links, "network": program.network_seconds, "hops": calls * steps * HOP_SECONDS[where]}
     for (kind, axes), (sent, calls) in sent_there(program, plan, topology, there.shape).items():
         where = "network" if leaves_fabric(topology, there, axes) else "links"
         terms[where] += sent / bandwidth(topology, there, kind, axes)
