@@ -77,5 +77,7 @@ def test_offloaded_moments_leave_the_chip():
     here, gone = (estimated(*place, "policy gradient", *flags) for flags in ((), (flag,)))
     assert here.peak_bytes - gone.peak_bytes == pytest.approx(moments, rel=0.01)
     apply, offloaded = (estimated(*place, "policy apply", *flags) for flags in ((), (flag,)))
-    assert offloaded.argument_bytes == pytest.approx(apply.argument_bytes - moments, abs=4096)
-    assert offloaded.peak_bytes <= 1.05 * apply.peak_bytes  # they are back while they are used
+    # Arguments are padded to tiles: norm scales to several times their size.
+    assert apply.argument_bytes - offloaded.argument_bytes == pytest.approx(moments, rel=0.01)
+    # They are back while they are used, and the new ones beside the old: nothing is updated in place any more.
+    assert offloaded.peak_bytes <= apply.peak_bytes + 2 * moments
