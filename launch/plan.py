@@ -1,6 +1,7 @@
 """`tracerl plan`: prints what `tracerl_jax.plan` finds out about a config on a machine that is not there."""
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -23,6 +24,7 @@ EPILOG = """examples:
 
 topologies:
   v4:XxYxZ  v5p:XxYxZ  v5e:XxY  v6e:XxY  a100:N  a100-40g:N  h100:N  h200:N
+  2xv5p:XxYxZ: two slices with the data-centre network between them
   in chips: Google's v5p-64 counts two cores a chip and is v5p:2x4x4"""
 
 
@@ -31,6 +33,10 @@ def add_arguments(parser: CommandParser) -> None:
 
     add_config_arguments(parser, RunConfig)
     parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="such as v5p:4x4x4 or h100:8")
+    parser.add_argument(
+        "--weak_scaling", action="store_true",
+        help="also print what a step would take on 8 to 1,024 chips with the same work for each (docs/scaling.md)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument(
         "--prompt_tokens", type=int, metavar="N", help="of a prompt, on average (default: task.max_prompt_tokens)"
@@ -61,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from tracerl_jax.plan.estimate import estimate_run
     from tracerl_jax.plan.programs import model_config, plan_run
     from tracerl_jax.plan.report import check_utilisation, format_plan, plan_dict
+    from tracerl_jax.plan.scaling import format_scaling, scaling_dicts, weak_scaling
     from tracerl_jax.plan.topology import compile_devices, parse_topology
     from tracerl_jax.plan.workload import assume
 
@@ -77,12 +84,16 @@ def run(args: argparse.Namespace) -> int:
         kept_fraction=args.kept_fraction,
     )
     topology = parse_topology(args.topology)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=compile_devices(topology))
+    mesh = make_mesh(*dataclasses.astuple(config.mesh), devices=compile_devices(topology))
     plan = estimate_run(plan_run(config, mesh, workload), topology, mesh)
+    rows = weak_scaling(plan) if args.weak_scaling else None
     if args.json:
-        print(json.dumps({"config": args.config, **plan_dict(plan, config, workload, args.utilisation)}, indent=2))
+        found = {"config": args.config, **plan_dict(plan, config, workload, args.utilisation)}
+        print(json.dumps(found if rows is None else {**found, "weak_scaling": scaling_dicts(rows)}, indent=2))
     else:
         print(format_plan(plan, config, workload, args.utilisation))
+        if rows is not None:
+            print(f"\n{format_scaling(plan, rows)}")
     if not plan.fits:
         print("tracerl plan: does not fit", file=sys.stderr)
     return 0 if plan.fits else 1

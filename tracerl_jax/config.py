@@ -24,6 +24,7 @@ class OptimizerConfig:
     eps: float = _doc(1e-8, "AdamW epsilon")
     weight_decay: float = _doc(0.0, "decoupled weight decay of matrices (never of norms and biases)")
     max_grad_norm: float = _doc(1.0, "global norm clipping, 0 switches it off")
+    offload: bool = _doc(False, "keep AdamW's moments in the hosts' memory between updates")
 
     def __post_init__(self):
         _require(self.learning_rate >= 0, f"learning_rate is {self.learning_rate}, must not be negative")
@@ -49,9 +50,12 @@ class MeshSection:
     data: int = _doc(-1, "devices along the data axis, -1: all that remain")
     fsdp: int = _doc(1, "devices that share parameters and optimizer state (and the batch)")
     tensor: int = _doc(1, "devices that share heads, MLP and vocabulary")
+    expert: int = _doc(1, "devices that share the experts of a mixture (and everything else as fsdp does)")
+    slices: int | None = _doc(None, "slices that data is spread over, default: those of a TPU job, 1 on GPUs")
 
     def __post_init__(self):
-        for name in ("data", "fsdp", "tensor"):
+        _require_positive(self, "mesh", "slices")
+        for name in ("data", "fsdp", "tensor", "expert"):
             size = getattr(self, name)
             _require(size == -1 or size >= 1, f"mesh.{name} is {size}, must be at least 1, or -1: all that remain")
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from tracerl_jax.parallel.sharding import RULES, mesh_spec
+from tracerl_jax.parallel.sharding import mesh_axes, mesh_spec
 
 # Logits held at a time: 32 MiB. Wider windows read the hidden states, and the sum of their gradient, less often; but a
 # CPU copies a window of the kernel before it multiplies, and beyond WIDEST that costs more than the rest.
@@ -72,7 +72,8 @@ def per_device(function: Callable, mesh: Mesh | None, axes: tuple, out_axes: tup
     """function(split, *operands), run on each device's part; `axes`: the logical axes of every operand and result."""
     if mesh is None:
         return lambda *operands: function(Split(), *operands)
-    split = Split(*(tuple(a for a in RULES[name] if mesh.shape[a] > 1) for name in ("batch", "embed", "vocab")))
+    names = ("batch", "embed", "vocab")
+    split = Split(*(tuple(a for a in mesh_axes(name, mesh) if mesh.shape[a] > 1) for name in names))
     specs, out_specs = (tuple(mesh_spec(names, mesh) for names in group) for group in (axes, out_axes))
     # The loops start from accumulators made on the spot, which the varying-axes check refuses. Nothing is
     # differentiated through here: the ops bring their own gradients.
@@ -83,7 +84,7 @@ def per_device(function: Callable, mesh: Mesh | None, axes: tuple, out_axes: tup
 def check_mesh(op: str, mesh: Mesh | None, rows: int, kernel: jax.Array) -> None:
     """Raises ValueError where rows or the kernel [E, V] cannot be split evenly over the mesh."""
     for name, axis, size in (("rows", "batch", rows), ("E", "embed", kernel.shape[0]), ("V", "vocab", kernel.shape[1])):
-        parts = 1 if mesh is None else math.prod(mesh.shape[a] for a in RULES[axis])
+        parts = 1 if mesh is None else math.prod(mesh.shape[a] for a in mesh_axes(axis, mesh))
         if size % parts:
             raise ValueError(f"{op}: {name} = {size} cannot be split evenly over {parts} devices of {dict(mesh.shape)}")
 

@@ -7,7 +7,9 @@ import pytest
 
 from tracerl_jax.models.config import ModelConfig
 from tracerl_jax.models.layers import gated
-from tracerl_jax.models.moe import MoE, mix_experts
+from tracerl_jax.models.moe import Kernels, MoE, mix_experts, top_experts
+from tracerl_jax.parallel.mesh import make_mesh
+from tracerl_jax.parallel.sharding import batch_sharding
 
 CONFIG = ModelConfig(vocab_size=8, width=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=8,
                      num_experts=6, experts_per_token=3, expert_width=10)
@@ -55,11 +57,32 @@ def test_experts_without_tokens_and_crowded_experts_drop_nothing():
     """All tokens choose experts 5 and 0; ties go to the lowest index."""
     params, x = inputs()
     probs = jnp.zeros((2, 7, 6)).at[..., 5].set(0.5).at[..., 0].set(0.25)
-    out = mix_experts(x, probs, params["gate_proj"], params["up_proj"], params["down_proj"], 2)
-    tied = mix_experts(x, jnp.full((2, 7, 6), 1 / 6), params["gate_proj"], params["up_proj"], params["down_proj"], 2)
+    kernels = Kernels(params["gate_proj"], params["up_proj"], params["down_proj"])
+    out = mix_experts(x, *top_experts(probs, 2), kernels)
+    tied = mix_experts(x, *top_experts(jnp.full((2, 7, 6), 1 / 6), 2), kernels)
 
     def expert(e):
         return gated(x @ params["gate_proj"][e], x @ params["up_proj"][e]) @ params["down_proj"][e]
 
     np.testing.assert_allclose(out, (2 * expert(5) + expert(0)) / 3, atol=1e-5, rtol=0)
     np.testing.assert_allclose(tied, (expert(0) + expert(1)) / 2, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("favour", ["none", "two"])
+def test_experts_split_over_devices_drop_nothing(favour):
+    """Values and gradients are those of one device; also where all tokens choose two experts of one device, which then
+    has four times its share of rows and takes them in several rounds."""
+    params, x = inputs()
+    x = jnp.concatenate([x, x + 1])
+    params = params if favour == "none" else {**params, "router": {"kernel": 0 * params["router"]["kernel"]}}
+    mesh = make_mesh(2, 1, 2, 2)
+
+    def run(module, x):
+        def loss(params, x):
+            return jnp.sum(jnp.sin(module.apply({"params": params}, x)))
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
+
+    split = run(MoE(CONFIG, mesh), jax.device_put(x, batch_sharding(mesh)))
+    for got, want in zip(jax.tree.leaves(split), jax.tree.leaves(run(MoE(CONFIG), x)), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()), rtol=0)

@@ -141,6 +141,22 @@ def test_experts_are_split_without_changing_states_or_gradients(sizes, expected)
     assert_same_on(make_mesh(*sizes), MOE, expected)
 
 
+@pytest.mark.parametrize("sizes", [(1, 2, 2, 2), pytest.param((2, 1, 1, 4), marks=pytest.mark.slow)], ids=str)
+def test_experts_of_their_own_change_no_state_or_gradient(sizes, expected):
+    """data, fsdp, tensor and expert: each device has the kernels of some experts only."""
+    mesh = make_mesh(*sizes)
+    specs = jax.tree.map(lambda s: s.spec, param_shardings(Model(MOE), mesh))
+    assert specs["layers"]["moe"]["down_proj"] == P(None, "expert", "tensor", "fsdp")
+    assert specs["layers"]["moe"]["router"]["kernel"] == P(None, ("fsdp", "expert"), None)
+    assert specs["lm_head"]["kernel"] == P(("fsdp", "expert"), "tensor")
+    assert batch_sharding(mesh).spec == P(("data", "fsdp", "expert"))
+    assert_same_on(mesh, MOE, expected)
+
+
+def test_a_dense_model_takes_the_expert_axis_for_more_fsdp(expected):
+    assert_same_on(make_mesh(1, 2, 2, 2), CONFIG, expected)
+
+
 @pytest.mark.parametrize("ambient", [False, True], ids=["plain", "set_mesh"])
 def test_init_on_a_mesh_gives_the_same_parameters_in_their_places(ambient):
     mesh = make_mesh(2, 2, 2)

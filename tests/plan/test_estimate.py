@@ -9,8 +9,16 @@ from compiled import mesh_of
 from tracerl_jax.config import RunConfig
 from tracerl_jax.config_io import load_config
 from tracerl_jax.plan.decoding import Forwards
-from tracerl_jax.plan.estimate import Estimate, Plan, bandwidth, overflow_bytes, run_beside, shrink_cost
-from tracerl_jax.plan.hlo_cost import Cost
+from tracerl_jax.plan.estimate import (
+    Estimate,
+    Plan,
+    bandwidth,
+    leaves_fabric,
+    overflow_bytes,
+    run_beside,
+    shrink_cost,
+)
+from tracerl_jax.plan.hlo_cost import SLICES, Cost
 from tracerl_jax.plan.replays import ReplayCount, StepReplay
 from tracerl_jax.plan.report import format_plan, knobs, plan_dict
 from tracerl_jax.plan.topology import parse_topology
@@ -39,6 +47,21 @@ def test_links_of_a_torus(name, sizes, axes, links):
     assert bandwidth(topology, mesh, "all-gather", axes) == links * topology.chip.link_bandwidth
     # There and back at most.
     assert bandwidth(topology, mesh, "collective-permute", axes) == min(2, links) * topology.chip.link_bandwidth
+
+
+@pytest.mark.parametrize("axes, rate, leaves", [
+    ("fsdp", 3 * 90e9, False), (SLICES, 6.25e9, True), ("data", 0.0, False), ("data+fsdp", 3 * 90e9, False),
+])  # fmt: skip
+def test_slices_of_tpus(axes, rate, leaves):
+    """What goes to another slice is counted apart, so that axes mean their part inside a slice."""
+    topology, mesh = parse_topology("2xv5p:2x2x2"), mesh_of("2xv5p:2x2x2", 2, 8, 1)
+    assert bandwidth(topology, mesh, "all-gather", axes) == rate
+    assert leaves_fabric(topology, mesh, axes) == leaves
+
+
+def test_collectives_between_hosts_of_gpus():
+    topology, mesh = parse_topology("h100:16"), mesh_of("h100:16", 2, 8, 1)
+    assert leaves_fabric(topology, mesh, "data") and not leaves_fabric(topology, mesh, "fsdp")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from tracerl_jax.plan.hlo import parse
-from tracerl_jax.plan.hlo_cost import program_cost
+from tracerl_jax.plan.hlo_cost import SLICES, program_cost
 
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
 PART = 64 * 256 * 4  # bytes of a chip's f32 [64, 256]
@@ -159,3 +159,38 @@ ENTRY %main (x: f32[4,64], y: bf16[8,64]) -> (f32[16,64], bf16[2,64]) {
     found = program_cost(parse(text), {"data": 2, "fsdp": 4, "tensor": 1})
     assert found.collective_bytes == {("all-gather", "fsdp"): 3 * 4 * 64 * 4, ("reduce-scatter", "fsdp"): 6 * 64 * 2}
     assert found.hbm_bytes == (4 + 16) * 64 * 4 + (8 + 2) * 64 * 2
+
+
+@pytest.mark.parametrize(("kind", "target", "sent"), [
+    ("ALL_REDUCE", "{1,2}x{0:7}", BYTES), ("ALL_REDUCE", "{1:4}x{0:7}", 1.5 * BYTES),
+    ("ALL_GATHER", "{1:4}x{0:7}", 3 * BYTES), ("REDUCE_SCATTER", "{1,2,4,5}x{0}", 0.75 * BYTES),
+    ("ONE_TO_ONE", "{1,2}x{0}", BYTES),
+])  # fmt: skip
+def test_what_goes_to_other_slices_is_handed_to_the_hosts(kind, target, sent):
+    """The TPU compiler writes the part of a collective between slices as a send to the runtime of the hosts."""
+    found = program_cost(
+        parse(f"""
+ENTRY %main (x: f32[4,64]) -> f32[4,64] {{
+  %x = f32[4,64] parameter(0)
+  %t = token[] after-all()
+  %s = (f32[4,64], u32[], token[]) send(%x, %t), channel_id=2, is_host_transfer=true, frontend_attributes={{\
+_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_reduce_operation="SUM",\
+_xla_megascale_target="{target}",_xla_megascale_transfer_type="{kind}"}}
+  %d = token[] send-done(%s), channel_id=2, is_host_transfer=true
+  ROOT %y = f32[4,64] negate(%x)
+}}"""),
+        {"data": 1, "fsdp": 8, "tensor": 1},
+    )
+    key = (kind.lower().replace("_", "-"), SLICES)
+    assert found.collective_bytes == {key: sent} and found.collective_calls == {key: 1}
+
+
+def test_a_send_of_something_else_is_no_collective():
+    text = """
+ENTRY %main (x: f32[4,64]) -> f32[4,64] {
+  %x = f32[4,64] parameter(0)
+  %t = token[] after-all()
+  %s = (f32[4,64], u32[], token[]) send(%x, %t), channel_id=2, is_host_transfer=true
+  ROOT %y = f32[4,64] negate(%x)
+}"""
+    assert program_cost(parse(text), {"data": 1}).collective_bytes == {}

@@ -8,7 +8,7 @@ from jax import lax
 
 from tracerl_jax.kernels.attention import attention
 from tracerl_jax.models import ModelConfig
-from tracerl_jax.models.moe import mix_experts
+from tracerl_jax.models.moe import Kernels, mix_experts, top_experts
 from tracerl_jax.plan.hlo import parse
 from tracerl_jax.plan.hlo_cost import program_cost
 from tracerl_jax.plan.kernel_costs import GRAIN, attention_cost
@@ -253,7 +253,11 @@ def test_products_with_experts_on_tpus():
     tokens, width, inner, experts, chosen = 512, 256, 128, 16, 4
     shapes = [array(1, tokens, width, dtype="bfloat16"), array(1, tokens, experts)]
     shapes += [array(experts, *shape, dtype="bfloat16") for shape in ((width, inner), (width, inner), (inner, width))]
-    found = cost("v5e:1x1", lambda *args: mix_experts(*args, chosen), *shapes)
+
+    def mixed(x, probs, *kernels):
+        return mix_experts(x, *top_experts(probs, chosen), Kernels(*kernels))
+
+    found = cost("v5e:1x1", mixed, *shapes)
     assert found.flops == pytest.approx(3 * 2 * tokens * chosen * width * inner, rel=0.01)
     assert not found.unknown_kernels and found.kernels["ragged-dot-none"] == 3
 

@@ -29,6 +29,8 @@ COMPILERS = {platform: missing_compiler(platform) for platform in ("tpu", "cuda"
         ("h100:1", 1, (1,)),
         ("h200:5", 5, (5,)),
         ("a100-40g:64", 64, (64,)),
+        ("2xv5p:4x4x4", 128, (4, 4, 4)),
+        ("16 x v6e:16x16", 4096, (16, 16)),
     ],
 )
 def test_names(name, chips, shape):
@@ -59,6 +61,9 @@ def test_names(name, chips, shape):
         ("v6e:32x32", "there is no such slice; those of v6e are 1x1, 2x2, 2x4"),
         ("v5p:4x4x6", "there is no such slice; those of v5p are 1x1x1, 2x2x1"),
         ("v4:1x2x2", "there is no such slice"),
+        ("2xh100:8", "2 slices; give at least one of TPUs, and of GPUs their number: h100:16"),
+        ("0xv5p:4x4x4", "0 slices; give at least one"),
+        ("2xv4:2x2x2", "is not published; plan one slice, v4:2x2x2"),
     ],
 )
 def test_what_is_no_name_is_refused_in_one_sentence(name, complaint):
@@ -76,7 +81,10 @@ def test_a_missing_compiler_is_named(monkeypatch, platform, name):
         compile_devices(name)
 
 
-@pytest.mark.parametrize("name", ["v4:2x2x2", "v5e:2x4", "v5p:2x2x4", "v6e:4x4", "v5p:4x4x4", "h100:8", "a100:16"])
+NAMES = ["v4:2x2x2", "v5e:2x4", "v5p:2x2x4", "v6e:4x4", "v5p:4x4x4", "2xv5e:2x4", "h100:8", "a100:16"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_devices(name):
     if missing := COMPILERS[parse_topology(name).chip.platform]:
         pytest.skip(missing)

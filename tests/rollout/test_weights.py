@@ -47,6 +47,8 @@ def test_each_copy_is_whole_but_for_the_tensor_axis():
     assert not needs_copy(decoder, copy)
     assert rollout_params(decoder, copy) is copy
     assert dict(rollout_model(model, 1).mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    with_experts = Model(golden.config, mesh=make_mesh(1, 2, 2, expert=2))
+    assert rollout_model(with_experts).mesh == decoder.mesh
 
 
 def test_nothing_is_copied_where_nothing_differs():

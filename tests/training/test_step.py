@@ -1,24 +1,30 @@
 """One optimizer update: exact accumulation, skipped updates, shardings of the optimizer state, restoring."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tracerl_jax.config import OptimizerConfig
+from tracerl_jax.errors import ConfigError
 from tracerl_jax.models import PRESETS, Model
 from tracerl_jax.parallel.mesh import make_mesh
-from tracerl_jax.training.optimizer import make_optimizer, make_schedule
-from tracerl_jax.training.step import Updater, abstract_state, init_state, sharded_abstract_params
+from tracerl_jax.parallel.sharding import batch_sharding
+from tracerl_jax.training.checkpoint import abstract_like
+from tracerl_jax.training.optimizer import HOST, check_offload, make_optimizer, make_schedule
+from tracerl_jax.training.step import TrainState, Updater, abstract_state, init_state, sharded_abstract_params
 
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.1, max_grad_norm=0.5), 10)
 
 
-def params():
+def params(width=6):
     keys = jax.random.split(jax.random.key(0), 2)
-    return {"w": {"kernel": jax.random.normal(keys[0], (6, 4))}, "b": {"bias": jax.random.normal(keys[1], (4,))}}
+    return {"w": {"kernel": jax.random.normal(keys[0], (width, 4))}, "b": {"bias": jax.random.normal(keys[1], (4,))}}
 
 
 def loss(p, batch):
@@ -28,9 +34,9 @@ def loss(p, batch):
     return total, {"error": (total, jnp.sum(batch["weight"]))}
 
 
-def rows(count, seed=1):
+def rows(count, seed=1, width=6):
     draw = np.random.default_rng(seed)
-    x, y = draw.normal(size=(count, 6)), draw.normal(size=(count, 4))
+    x, y = draw.normal(size=(count, width)), draw.normal(size=(count, 4))
     return {"x": np.float32(x), "y": np.float32(y), "weight": np.ones(count, np.float32)}
 
 
@@ -135,6 +141,43 @@ def test_optimizer_state_is_sharded_like_the_parameters(sizes):
     for a, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(state), strict=True):
         assert (a.shape, a.dtype) == (leaf.shape, leaf.dtype)
         assert a.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
+
+
+def test_moments_in_the_hosts_memory_change_nothing(tmp_path):
+    """Bit for bit, through updates, a skipped one, and a checkpoint."""
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.1, max_grad_norm=0.5, offload=True)
+    optimizer, mesh = make_optimizer(config, 10), make_mesh(2, 2, 2)
+    spread = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh) if x.shape == (8, 4) else
+                                                   NamedSharding(mesh, PartitionSpec())), params(8))  # fmt: skip
+
+    def train(optimizer, state, scales):
+        for scale in scales:
+            batch = {name: np.float32(scale) * value for name, value in rows(8, width=8).items()}
+            state, _ = Updater(loss, optimizer, mesh).update(state, [batch, batch], 16.0)
+        return state
+
+    there = init_state(jax.tree.map(jnp.copy, spread), optimizer)
+    there = train(optimizer, there, (1, np.inf))
+    moments = there.opt_state[-1][0]
+    for moment, leaf in zip(jax.tree.leaves((moments.mu, moments.nu)), 2 * jax.tree.leaves(there.params), strict=True):
+        assert moment.sharding.memory_kind == HOST and moment.sharding.spec == leaf.sharding.spec
+    assert moments.count.sharding.memory_kind != HOST and there.updates == 1
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", there._asdict())
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", abstract_state(abstract_like(spread), optimizer)._asdict())
+    assert restored["opt_state"][-1][0].mu["w"]["kernel"].sharding.memory_kind == HOST
+    there = train(optimizer, TrainState(**restored), (2, 3))
+    here = train(OPTIMIZER, init_state(jax.tree.map(jnp.copy, spread), OPTIMIZER), (1, np.inf, 2, 3))
+    assert bits(there) == bits(here)
+
+
+def test_memory_that_devices_do_not_have_is_refused():
+    device = SimpleNamespace(device_kind="TPU v1", addressable_memories=lambda: [SimpleNamespace(kind="device")])
+    check_offload("rl.optimizer", OptimizerConfig(), [device])
+    check_offload("rl.optimizer", OptimizerConfig(offload=True), jax.local_devices())
+    with pytest.raises(ConfigError, match=r"rl.optimizer.offload is true, but the TPU v1 .* only the memory device"):
+        check_offload("rl.optimizer", OptimizerConfig(offload=True), [device])
 
 
 def test_weights_are_decayed_and_norms_and_biases_are_not():

@@ -59,8 +59,8 @@ class Dense(nn.Module):
 class Embed(nn.Module):
     """Rows of the embedding table: ids [N,T] -> [N,T,E].
 
-    Under a mesh every device looks its rows' ids up in its own part of the table (vocabulary over tensor, width over
-    fsdp): neither the table nor its gradient is ever whole on a device.
+    Under a mesh every device looks the ids of its data group up in its own part of the table (vocabulary over tensor,
+    width over fsdp and expert): neither the table nor its gradient is ever whole on a device.
     """
 
     config: ModelConfig
@@ -80,8 +80,9 @@ class Embed(nn.Module):
             rows = jnp.where(mine[..., None], table[jnp.where(mine, ids, 0)].astype(c.dtype), 0)
             return jax.lax.psum(rows, "tensor")
 
-        x = jax.shard_map(local, mesh=self.mesh, in_specs=(mesh_spec(("vocab", "embed"), self.mesh), P("data")),
-                          out_specs=P("data", None, "fsdp"))(table, ids)
+        parts = mesh_spec(("vocab", "embed"), self.mesh)
+        x = jax.shard_map(local, mesh=self.mesh, in_specs=(parts, P("data")), out_specs=P("data", None, parts[1]),
+                          )(table, ids)  # fmt: skip
         return constrain_rows(x, self.mesh)  # columns traded for rows, within each data group
 
 

@@ -11,10 +11,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tracerl_jax.errors import ConfigError
 
-# Parameters: fsdp splits the width, tensor splits heads, MLP and vocabulary; small and per-layer axes stay whole.
-# Activations: rows are split over data and fsdp together.
+# Parameters: fsdp splits the width, tensor splits heads, MLP and vocabulary; small and per-layer axes stay whole. The
+# expert axis splits a mixture by its experts, and everything else by width as if it were more fsdp.
+# Activations: rows are split over data, fsdp and expert together.
 RULES: dict[str, tuple[str, ...]] = {
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "expert"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
@@ -22,10 +23,13 @@ RULES: dict[str, tuple[str, ...]] = {
     "layers": (),
     "norm": (),
     "head_dim": (),
-    "expert": (),
+    "expert": ("expert",),
+    "expert_embed": ("fsdp",),
+    "choice": (),
     "value": (),
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
 }
+OPTIONAL = ("expert",)  # axes that a mesh has only where they split something
 
 
 def mesh_spec(axes: Iterable[str | None], mesh: Mesh, name: str = "array") -> PartitionSpec:
@@ -36,7 +40,7 @@ def mesh_spec(axes: Iterable[str | None], mesh: Mesh, name: str = "array") -> Pa
     """
     entries, used = [], {}
     for axis in axes:
-        entry = () if axis is None else _rule(axis, mesh, name)
+        entry = () if axis is None else mesh_axes(axis, mesh, name)
         for mesh_axis in entry:
             if mesh_axis in used:
                 raise ConfigError(f"{name}: the logical axes {used[mesh_axis]!r} and {axis!r} both go to the mesh axis "
@@ -48,22 +52,23 @@ def mesh_spec(axes: Iterable[str | None], mesh: Mesh, name: str = "array") -> Pa
 
 def check_split(name: str, axis: str, size: int, mesh: Mesh) -> None:
     """Refuses `size` units of the logical axis `axis` that the mesh cannot split evenly (ConfigError)."""
-    entry = _rule(axis, mesh, name)
+    entry = mesh_axes(axis, mesh, name)
     parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in entry)
     if size % parts:
         raise ConfigError(f"{name}: {size} ({axis}) cannot be split evenly over {parts} devices (mesh axis "
                           f"{' x '.join(entry)} of {dict(mesh.shape)}); choose mesh sizes that divide {size}.")
 
 
-def _rule(axis: str, mesh: Mesh, name: str) -> tuple[str, ...]:
+def mesh_axes(axis: str, mesh: Mesh, name: str = "array") -> tuple[str, ...]:
+    """Axes of `mesh` that the logical axis `axis` is split over. Raises ConfigError as `mesh_spec` does."""
     if axis not in RULES:
         raise ConfigError(f"{name}: no sharding rule for the logical axis {axis!r}; add it to "
                           f"tracerl_jax.parallel.sharding.RULES (known: {', '.join(RULES)}).")
-    missing = [mesh_axis for mesh_axis in RULES[axis] if mesh_axis not in mesh.shape]
+    missing = [mesh_axis for mesh_axis in RULES[axis] if mesh_axis not in (*mesh.shape, *OPTIONAL)]
     if missing:
         raise ConfigError(f"{name}: the logical axis {axis!r} goes to the mesh axis {missing[0]!r}, but the mesh has "
                           f"{mesh.axis_names}; build it with tracerl_jax.parallel.mesh.make_mesh.")
-    return RULES[axis]
+    return tuple(mesh_axis for mesh_axis in RULES[axis] if mesh_axis in mesh.shape)
 
 
 def param_shardings(model: Any, mesh: Mesh) -> Any:
@@ -87,16 +92,16 @@ def param_shardings(model: Any, mesh: Mesh) -> Any:
 
 def row_shards(mesh: Mesh | None) -> int:
     """Parts that the rows of a device batch are split into."""
-    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in mesh_axes("batch", mesh))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of a device batch: rows (the first axis) over data and fsdp, everything else whole."""
+    """Sharding of a device batch: rows (the first axis) over data, fsdp and expert, everything else whole."""
     return NamedSharding(mesh, mesh_spec(("batch",), mesh))
 
 
 def cache_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of the arrays of a `KVCache`, [L,P,K,..]: pages over data and fsdp, key/value heads over tensor."""
+    """Sharding of the arrays of a `KVCache`, [L,P,K,..]: pages over rows' axes, key/value heads over tensor."""
     return NamedSharding(mesh, mesh_spec(("layers", "batch", "kv_heads"), mesh))
 
 

@@ -14,19 +14,21 @@ class Chip:
     hbm_bandwidth: float  # bytes per second
     link_bandwidth: float  # bytes per second that a chip sends (TPU: over one of its links; GPU: over all of NVLink)
     chips_per_fabric: int | None = None  # GPUs that share NVLink, those of a host; None: the slice is one fabric
-    host_bandwidth: float = 0.0  # bytes per second that each of them sends to other hosts
+    # Bytes per second that each sends to other hosts (GPU) or slices (TPU) over the network. 0: not known.
+    host_bandwidth: float = 0.0
 
 
 # TPU: cloud.google.com/tpu/docs/v4 (v5e, v5p, v6e); the memory is what the compiler lets a program have, its own
 # reservation taken off (of two versions the less). One link carries 45 GB/s (v4, v5e) or 90 GB/s (v5p, v6e) each way.
+# Data-centre network: 50 Gb/s a chip (v5p), 6.4 and 25.6 Tb/s a pod of 256 (v5e, v6e); of v4 no figure is published.
 # GPU: NVIDIA data sheets (SXM); NVLink 300 or 450 GB/s each way, 200 or 400 Gb/s of InfiniBand per GPU.
 CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v4", "tpu", int(30.75 * GIB), 275e12, 1.228e12, 45e9),
-        Chip("v5e", "tpu", int(15.75 * GIB), 197e12, 0.819e12, 45e9),
-        Chip("v5p", "tpu", int(95.74 * GIB), 459e12, 2.765e12, 90e9),
-        Chip("v6e", "tpu", int(31.24 * GIB), 918e12, 1.64e12, 90e9),
+        Chip("v5e", "tpu", int(15.75 * GIB), 197e12, 0.819e12, 45e9, host_bandwidth=3.125e9),
+        Chip("v5p", "tpu", int(95.74 * GIB), 459e12, 2.765e12, 90e9, host_bandwidth=6.25e9),
+        Chip("v6e", "tpu", int(31.24 * GIB), 918e12, 1.64e12, 90e9, host_bandwidth=12.5e9),
         Chip("a100-40g", "cuda", 42_298_834_944, 312e12, 1.555e12, 300e9, 8, 25e9),
         Chip("a100", "cuda", 84_987_740_160, 312e12, 2.039e12, 300e9, 8, 25e9),
         Chip("h100", "cuda", 84_942_979_072, 989e12, 3.352e12, 450e9, 8, 50e9),

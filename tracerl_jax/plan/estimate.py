@@ -9,14 +9,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from tracerl_jax.plan.decoding import Forwards
 from tracerl_jax.plan.hlo import parse
-from tracerl_jax.plan.hlo_cost import Cost, program_cost
+from tracerl_jax.plan.hlo_cost import SLICES, Cost, program_cost
 from tracerl_jax.plan.programs import PlannedProgram, PlannedRun
 from tracerl_jax.plan.replays import StepReplay
 from tracerl_jax.plan.topology import Topology, usable_hbm
+from tracerl_jax.training.optimizer import HOST
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ class Estimate:
     compute_seconds: float = 0.0
     memory_seconds: float = 0.0
     link_seconds: float = 0.0
+    network_seconds: float = 0.0  # the part of link_seconds in which hosts of GPUs or slices of TPUs exchange data
 
     @property
     def seconds(self) -> float:
@@ -71,6 +74,7 @@ class Plan:
     response_tokens: float  # of an RL step
     forwards: Forwards  # of a response
     shrinks: list["ShrinkCost"]
+    host_bytes: dict[str, float] = field(default_factory=dict, kw_only=True)  # in the hosts' memory for each chip
 
     @property
     def step_seconds(self) -> float:
@@ -86,11 +90,12 @@ class Plan:
         return self.peak_bytes <= self.limit_bytes and not any(p.overflow for p in self.programs)
 
 
-def chip_bytes(tree: Any) -> float:
-    """Bytes that arrays of these shapes and shardings take on one chip."""
+def chip_bytes(tree: Any, *, on_host: bool = False) -> float:
+    """Bytes that arrays of these shapes and shardings take on one chip, or `on_host` in its host's memory for it."""
     return sum(
         float(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)))
         for leaf in jax.tree.leaves(tree)
+        if (leaf.sharding.memory_kind == HOST) == on_host
     )
 
 
@@ -105,10 +110,12 @@ def estimate_run(run: PlannedRun, topology: Topology, mesh: Mesh) -> Plan:
     if run.beside:
         estimates = run_beside(estimates, run.beside, total)
     meshes = (dict(mesh.shape), dict(run.rollout_mesh.shape))
+    on_host = {name: size for name, tree in run.resident.items() if (size := chip_bytes(tree, on_host=True))}
     shrinks = [shrink_cost(estimates, replay, topology.chips) for replay in run.replays]
     return Plan(
-        topology, *meshes, usable_hbm(topology.chip), resident, estimates, run.tokens_per_step, run.forwards, shrinks
-    )
+        topology, *meshes, usable_hbm(topology.chip), resident, estimates, run.tokens_per_step, run.forwards, shrinks,
+        host_bytes=on_host,
+    )  # fmt: skip
 
 
 def shrink_cost(estimates: list[Estimate], replay: StepReplay, chips: int) -> ShrinkCost:
@@ -164,16 +171,17 @@ def estimate_program(program: PlannedProgram, topology: Topology, resident_bytes
     own = memory.argument_size_in_bytes - chip_bytes(program.resident)
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     cost = program_cost(
-        parse(compiled.as_text()), mesh.shape, loops=program.loops, kernel_cost=program.kernel_cost
+        parse(compiled.as_text()), {**mesh.shape, "data": mesh.shape["data"] // topology.slices},
+        loops=program.loops, kernel_cost=program.kernel_cost,
     )
     chip = topology.chip
-    links = sum(
-        sent / bandwidth(topology, mesh, kind, axes) for (kind, axes), sent in cost.collective_bytes.items()
-    )
+    times = {False: 0.0, True: 0.0}
+    for (kind, axes), sent in cost.collective_bytes.items():
+        times[leaves_fabric(topology, mesh, axes)] += sent / bandwidth(topology, mesh, kind, axes)
     return Estimate(
         program.name, program.runs, seconds, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
         resident_bytes + own + results + memory.temp_size_in_bytes, None, cost,
-        cost.flops / chip.flops, cost.hbm_bytes / chip.hbm_bandwidth, links,
+        cost.flops / chip.flops, cost.hbm_bytes / chip.hbm_bandwidth, sum(times.values()), times[True],
     )  # fmt: skip
 
 
@@ -195,21 +203,40 @@ def overflow_bytes(message: str, resident: float, own: float) -> float | None:
 
 
 def bandwidth(topology: Topology, mesh: Mesh, kind: str, axes: str) -> float:
-    """Bytes per second that a chip can send in a collective of this kind along "+"-joined mesh axes.
+    """Bytes per second that a chip can send in a collective of this kind along "+"-joined mesh axes, or SLICES.
 
     GPU: over NVLink, or out of the host, where its group's GPUs in a host share their network cards. TPU: over the
     links along every dimension of the torus that the group spans, both ways where the dimension is a ring; a permute
     goes to one neighbour and back from another.
     """
     chip = topology.chip
-    index = tuple(slice(None) if axis in axes.split("+") else 0 for axis in mesh.axis_names)
-    group = mesh.devices[index].ravel()
+    if axes == SLICES:
+        return chip.host_bandwidth
+    group = fabric_group(topology, mesh, axes)
     if chip.chips_per_fabric is not None:
         hosts = Counter(device.process_index for device in group)
         if len(hosts) == 1:
             return chip.link_bandwidth
         return min(chip.link_bandwidth, chip.host_bandwidth * max(hosts.values()))
-    places = [{device.coords[n] for device in group} for n in range(len(topology.shape))]
-    spanned = [size for size, found in zip(topology.shape, places, strict=True) if len(found) > 1]
-    links = sum(2 if topology.is_ring(size) else 1 for size in spanned)
+    links = sum(2 if topology.is_ring(size) else 1 for size in spanned_dimensions(topology, group))
     return chip.link_bandwidth * (min(2, links) if kind == "collective-permute" else links)
+
+
+def leaves_fabric(topology: Topology, mesh: Mesh, axes: str) -> bool:
+    """Whether a collective along these axes is between hosts of GPUs or slices of TPUs."""
+    if axes == SLICES or topology.chip.chips_per_fabric is None:
+        return axes == SLICES
+    return len({device.process_index for device in fabric_group(topology, mesh, axes)}) > 1
+
+
+def fabric_group(topology: Topology, mesh: Mesh, axes: str) -> list[jax.Device]:
+    """The devices of the first group along "+"-joined mesh axes; of several slices, those in the first one."""
+    first_slice = mesh.devices[: mesh.shape["data"] // topology.slices]
+    index = tuple(slice(None) if axis in axes.split("+") else 0 for axis in mesh.axis_names)
+    return list(np.ravel(first_slice[index]))
+
+
+def spanned_dimensions(topology: Topology, group: list[jax.Device]) -> list[int]:
+    """Sizes of the dimensions of the torus along which these TPUs differ."""
+    places = [{device.coords[n] for device in group} for n in range(len(topology.shape))]
+    return [size for size, found in zip(topology.shape, places, strict=True) if len(found) > 1]

@@ -19,6 +19,7 @@ from tracerl_jax.plan.hlo import Array, Computation, Instruction, Module
 from tracerl_jax.plan.hlo_loops import LoopLengths
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+SLICES = "slices"  # what `collective_bytes` has for mesh axes where a program sends to other TPU slices
 # Custom calls that run a kernel of ours; all others are library calls or notes to the compiler.
 KERNEL_TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu_v2")
 # These name or rearrange values without touching memory.
@@ -31,11 +32,12 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 @dataclass
 class Cost:
-    """Of one execution on one chip. `collective_bytes`: what the chip sends, by (kind, mesh axes)."""
+    """Of one execution on one chip. `collective_bytes`: what the chip sends, by (kind, mesh axes or SLICES)."""
 
     flops: float = 0.0  # of matrix units
     hbm_bytes: float = 0.0
     collective_bytes: Counter = field(default_factory=Counter)
+    collective_calls: Counter = field(default_factory=Counter)  # of the same keys
     kernels: Counter = field(default_factory=Counter)  # calls of hand-written kernels, by name
     unknown_loops: set[str] = field(default_factory=set)  # counted once, for want of anything better
     unknown_kernels: set[str] = field(default_factory=set)  # their FLOPs are missing
@@ -43,8 +45,9 @@ class Cost:
     def add(self, other: "Cost", times: float = 1.0) -> None:
         self.flops += times * other.flops
         self.hbm_bytes += times * other.hbm_bytes
-        for mine, theirs in ((self.collective_bytes, other.collective_bytes), (self.kernels, other.kernels)):
-            for key, value in theirs.items():
+        for name in ("collective_bytes", "collective_calls", "kernels"):
+            mine = getattr(self, name)
+            for key, value in getattr(other, name).items():
                 mine[key] += times * value
         self.unknown_loops |= other.unknown_loops
         self.unknown_kernels |= other.unknown_kernels
@@ -63,7 +66,8 @@ def program_cost(
 ) -> Cost:
     """Cost of the entry computation.
 
-    mesh_shape: axis name -> size, in the order of the devices the program was compiled for, slowest first.
+    mesh_shape: axis name -> size, in the order of the devices the program was compiled for, slowest first; of several
+    TPU slices the part of the mesh that one of them has.
     loops: how often loops whose length depends on data run, by the end of their `op_name` ("jit(decode)/while").
     """
     return _Walk(module, mesh_shape, loops or {}, kernel_cost, LoopLengths(module)).computation(module.entry)
@@ -103,10 +107,16 @@ class _Walk:
             return self.kernel(i, operands), 1.0
         result = Cost(self.flops(i, operands), self.hbm_bytes(i, scope, operands))
         kind = i.opcode.removesuffix("-start")
+        sent, key = 0.0, ("", "")
         if kind in COLLECTIVES:
             sent, axes = sent_bytes(i, kind, operands, self.mesh_shape)
-            if sent:
-                result.collective_bytes[kind, axes] += sent
+            key = kind, axes
+        elif kind == "send":
+            sent, kind = sent_to_slices(i, operands)
+            key = kind, SLICES
+        if sent:
+            result.collective_bytes[key] += sent
+            result.collective_calls[key] += 1
         return result, 1.0
 
     def loop(self, i: Instruction, where: str) -> tuple[Cost, float]:
@@ -193,6 +203,23 @@ def sent_bytes(
         size *= n
     pairs = [(group[0], other) for other in group[1:]]
     return size * (n - 1) / n * (2 if kind == "all-reduce" else 1), _axes(pairs, mesh_shape)
+
+
+def sent_to_slices(i: Instruction, operands: Sequence[Array]) -> tuple[float, str]:
+    """(bytes that a chip sends, kind) of a "send" that hands the part of a collective between TPU slices to the runtime
+    of the hosts (Megascale); nothing of any other send. Counted as a ring over the slices, like `sent_bytes`.
+
+    _xla_megascale_target="{1,2}x{0:7}"      slices x devices of each, in lists and ranges
+    """
+    kind = (i.attribute(r'_xla_megascale_transfer_type="(\w+)"') or "").lower().replace("_", "-")
+    target = i.attribute(r'_xla_megascale_target="\{([^}]*)\}')
+    if not kind or not target or not operands:
+        return 0.0, ""
+    ends = [[int(n) for n in part.split(":")] for part in target.split(",")]
+    n = sum(part[-1] - part[0] + 1 for part in ends)
+    times = {"all-reduce": 2 * (n - 1) / n, "all-gather": n - 1, "reduce-scatter": (n - 1) / n,
+             "all-to-all": (n - 1) / n}  # fmt: skip
+    return operands[0].bytes * times.get(kind, 1), kind
 
 
 def _first_group(attributes: str, devices: int) -> list[int]:

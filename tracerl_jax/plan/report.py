@@ -33,6 +33,7 @@ def plan_dict(plan: Plan, config: RunConfig, workload: Workload, utilisation: fl
         "hbm_bytes": plan.limit_bytes,
         "peak_bytes": plan.peak_bytes,
         "resident_bytes": plan.resident_bytes,
+        "host_bytes": plan.host_bytes,
         "step_seconds": plan.step_seconds,
         "response_tokens": plan.response_tokens,
         "programs": [_program_dict(p) for p in plan.programs],
@@ -65,6 +66,7 @@ def _program_dict(p: Estimate) -> dict[str, Any]:
         "compute_seconds": p.compute_seconds,
         "hbm_seconds": p.memory_seconds,
         "link_seconds": p.link_seconds,
+        "network_seconds": p.network_seconds,
         "bound": p.bound,
         "not_counted": sorted(p.cost.unknown_kernels | p.cost.unknown_loops),
     }
@@ -99,6 +101,9 @@ def format_plan(plan: Plan, config: RunConfig, workload: Workload, utilisation: 
         "",
         "stays on every chip: "
         + ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.resident_bytes.items()),
+        *["in the hosts' memory, for every chip: "
+          + ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.host_bytes.items())]
+        * bool(plan.host_bytes),
         "",
         *_columns([_HEADINGS, *(_row(p) for p in plan.programs)]),
         "",
@@ -218,6 +223,10 @@ def knobs(plan: Plan, config: RunConfig) -> list[str]:
                      f"{format_bytes(resident)}")  # fmt: skip
         if "value" in plan.resident_bytes and not config.value.shared_trunk:
             found.append("value.shared_trunk=true: a head on the policy's features instead of a second model")
+        sections = {"rl": rl, "value": config.value} if config.value.enabled else {"rl": rl}
+        if on_chip := [name for name, section in sections.items() if not section.optimizer.offload]:
+            keys = ", ".join(f"{name}.optimizer.offload=true" for name in on_chip)
+            found.append(f"{keys}: AdamW's moments in the hosts' memory between updates")
         if "reference" in plan.resident_bytes:
             found.append("rl.kl_to=old: no frozen copy of the policy")
     if any(name in ROLLOUT for name in too_large):

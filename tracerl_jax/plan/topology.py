@@ -17,7 +17,7 @@ SLICES = {
     2: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     3: ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4"),
 }
-EXAMPLES = "v5p:4x4x4, v5e:2x4, v6e:4x4, v4:2x2x2, h100:8, h200:16, a100:8"
+EXAMPLES = "v5p:4x4x4, 2xv5p:4x4x4, v5e:2x4, v6e:4x4, v4:2x2x2, h100:8, h200:16, a100:8"
 # Without these libtpu looks for a metadata server and for the locks of a real TPU. They do no harm where there is one.
 _TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -29,15 +29,16 @@ _TPU_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Topology:
-    """`name` as the user wrote it; `shape` of the TPU torus, or (GPUs,)."""
+    """`name` as the user wrote it; `shape` of the TPU torus of a slice, or (GPUs,)."""
 
     name: str
     chip: Chip
     shape: tuple[int, ...]
+    slices: int = 1  # of TPUs, with the data-centre network between them
 
     @property
     def chips(self) -> int:
-        return math.prod(self.shape)
+        return self.slices * math.prod(self.shape)
 
     def is_ring(self, size: int) -> bool:
         """A dimension of `size` TPUs is closed: between whole 4x4x4 cubes, or across a whole pod of 16x16."""
@@ -45,8 +46,12 @@ class Topology:
 
 
 def parse_topology(name: str) -> Topology:
-    """ "v5p:4x4x4" or "h100:8" -> Topology. Raises ConfigError for a name that no such machine has."""
-    match = re.fullmatch(r"([a-z0-9-]+):(\d+(?:x\d+)*)", name.strip().lower())
+    """ "v5p:4x4x4", "2xv5p:4x4x4" (two slices) or "h100:8" -> Topology.
+
+    Raises ConfigError for a name that no such machine has.
+    """
+    slices, spec = re.fullmatch(r"(?:(\d+) ?x ?)?(.*)", name.strip().lower()).groups()
+    match = re.fullmatch(r"([a-z0-9-]+):(\d+(?:x\d+)*)", spec)
     if not match:
         raise ConfigError(f"topology {name!r} is not CHIP:SHAPE; for example {EXAMPLES}.")
     if match[1] not in CHIPS:
@@ -63,7 +68,14 @@ def parse_topology(name: str) -> Topology:
     if chip.platform == "cuda" and shape[0] > chip.chips_per_fabric and shape[0] % chip.chips_per_fabric:
         raise ConfigError(f"topology {name!r}: more than {chip.chips_per_fabric} GPUs come in whole hosts of "
                           f"{chip.chips_per_fabric}.")
-    return Topology(name, chip, shape)
+    slices = int(slices or 1)
+    if slices < 1 or (slices > 1 and chip.platform == "cuda"):
+        raise ConfigError(f"topology {name!r}: {slices} slices; give at least one of TPUs, and of GPUs their number: "
+                          f"{chip.name}:{slices * shape[0] or shape[0]}, with mesh.slices for what data goes over.")
+    if slices > 1 and not chip.host_bandwidth:
+        raise ConfigError(f"topology {name!r}: how fast slices of {chip.name} exchange data is not published; plan one "
+                          f"slice, {spec}.")
+    return Topology(name, chip, shape, slices)
 
 
 def missing_compiler(platform: str) -> str | None:
@@ -93,6 +105,8 @@ def compile_devices(topology: Topology | str) -> list[jax.Device]:
     options = {"chips_per_host_bounds": [min(shape[0], 2), min(shape[1], 2), 1]}
     if topology.chip.name in ("v4", "v5p"):  # two cores that act as one device
         options["chip_config_name"] = "megacore"
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices
     name = f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)

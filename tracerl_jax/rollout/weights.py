@@ -34,7 +34,7 @@ def rollout_model(model: Model, tensor: int | None = None) -> Model:
     if count % tensor:
         raise ConfigError(f"rollout.tensor is {tensor}, which does not divide the {count} devices of the mesh")
     devices = np.reshape(model.mesh.devices, (count // tensor, 1, tensor))
-    return dataclasses.replace(model, mesh=Mesh(devices, AXES, axis_types=model.mesh.axis_types))
+    return dataclasses.replace(model, mesh=Mesh(devices, AXES, axis_types=model.mesh.axis_types[: len(AXES)]))
 
 
 def rollout_params(model: Model, params: Params, own: bool = False) -> Params:

@@ -47,6 +47,7 @@ from tracerl_jax.rollout.options import SamplingOptions
 from tracerl_jax.rollout.weights import rollout_model
 from tracerl_jax.training.checkpoint import Checkpointer
 from tracerl_jax.training.interrupt import StopSignal
+from tracerl_jax.training.optimizer import check_offload
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,9 @@ class Run:
     def __init__(self, config: RunConfig):
         self.config = config
         self.path = Path(config.runs_dir) / config.name
-        self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        self.mesh = make_mesh(*dataclasses.astuple(config.mesh))
+        for name in ("sft", "rl", "value"):
+            check_offload(f"{name}.optimizer", getattr(config, name).optimizer, self.mesh.local_devices)
         for stage in config.rollout.stages():
             rollout_options(stage, seed=0)  # for its ConfigError
         if config.rl.overlap != "none" and jax.process_count() > 1:

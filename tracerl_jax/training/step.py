@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tracerl_jax.models import Model
 from tracerl_jax.parallel.order import in_order
 from tracerl_jax.parallel.sharding import batch_sharding, param_shardings
+from tracerl_jax.training.optimizer import HOST, Offloaded
 
 Pairs = dict[str, tuple[jax.Array, jax.Array]]
 LossFn = Callable[..., tuple[jax.Array, Pairs]]
@@ -39,7 +40,7 @@ class UpdateResult(NamedTuple):
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """Optimizer state sharded like the parameters it belongs to."""
+    """Optimizer state sharded like the parameters it belongs to; of an `Offloaded` one, in the hosts' memory."""
     return jax.jit(
         lambda p: TrainState(p, optimizer.init(p), jnp.zeros((), jnp.int32)),
         out_shardings=state_shardings(params, optimizer),
@@ -48,13 +49,14 @@ def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainSta
 
 
 def state_shardings(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """NamedSharding tree of a TrainState: moments like their parameter, counters replicated."""
+    """NamedSharding tree of a TrainState: moments like their parameter (in the hosts' memory if `Offloaded`), counters
+    replicated."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
     sample = jax.tree.leaves(shardings)[0]
     replicated = NamedSharding(sample.mesh, PartitionSpec()) if isinstance(sample, NamedSharding) else sample
     opt_state = optax.tree_map_params(
         optimizer,
-        lambda _, sharding: sharding,
+        lambda _, sharding: sharding.with_memory_kind(HOST) if isinstance(optimizer, Offloaded) else sharding,
         jax.eval_shape(optimizer.init, params),
         shardings,
         transform_non_params=lambda _: replicated,
@@ -107,9 +109,12 @@ class Updater:
             loss, metrics, grads = sums
             grad_norm = optax.tree.norm(grads)
             finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            places = jax.tree.map(_place, state.opt_state)
+            state = state._replace(opt_state=_moved(state.opt_state, jax.memory.Space.Device))
             steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
             updated = TrainState(optax.apply_updates(state.params, steps), opt_state, state.updates + 1)
             state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+            state = state._replace(opt_state=jax.tree.map(_moved, state.opt_state, places))
             return state, UpdateResult(loss, grad_norm, ~finite, metrics)
 
         self._gradient_shapes = lambda *args: jax.eval_shape(gradient, *args)
@@ -150,6 +155,15 @@ class Updater:
         everywhere = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
         loss, metrics, _ = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=everywhere), shapes)
         return loss, metrics, jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype, device=p.sharding), params)
+
+
+def _place(x: jax.Array) -> jax.memory.Space:
+    return jax.typeof(x).memory_space
+
+
+def _moved(tree: Any, place: jax.memory.Space) -> Any:
+    """Arrays in this memory: copies of those that are in another one."""
+    return jax.tree.map(lambda x: x if _place(x) == place else jax.device_put(x, place), tree)
 
 
 def put_batch(batch: Any, mesh: Mesh | None) -> Any:
