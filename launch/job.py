@@ -1,4 +1,4 @@
-"""How a command joins a job of several processes and leaves it, whatever happens."""
+"""How a command joins a job of several processes and leaves it, whatever happens. Imports nothing heavy by itself."""
 
 import logging
 import re
@@ -6,18 +6,19 @@ import sys
 import traceback
 from collections.abc import Callable
 
-import jax
-
-from tracerl_jax.parallel import distributed, watchdog
-from tracerl_jax.training.interrupt import Interrupted
-
 STATUS_FAILED = 1
+
+_joined = False
 
 
 def join() -> None:
     """Joins the job that the environment describes, if any. Only its process 0 reports progress; the others warn."""
+    global _joined
+    from tracerl_jax.parallel import distributed
+
     distributed.start()
-    if distributed.is_job():
+    _joined = distributed.is_job()
+    if _joined:
         index = distributed.process_index()
         for handler in logging.getLogger().handlers:
             handler.setFormatter(logging.Formatter(f"%(asctime)s [process {index}] %(message)s", "%H:%M:%S"))
@@ -29,30 +30,44 @@ def in_job(command: Callable[[], tuple[int, BaseException | None]]) -> int:
     """Runs a command, which gives its exit status and the error it is for, and returns the status.
 
     In a job, returns when all processes have ended theirs. A process that fails takes the others with it, see
-    `watchdog`.
+    `parallel/watchdog.py`.
     """
     try:
         status, error = command()
-    except Exception as error:
-        if not distributed.is_job():
-            raise
-        traceback.print_exc()
-        sys.stderr.flush()
-        if _is_consequence(error):
-            watchdog.await_verdict()
-        distributed.give_up(STATUS_FAILED, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+    except Exception as failure:
+        if _joined:
+            traceback.print_exc()
+            sys.stderr.flush()
+            _fail(failure)
+        raise
+    if _joined:
+        _leave(status, error)
+    return status
+
+
+def _leave(status: int, error: BaseException | None) -> None:
+    from tracerl_jax.parallel import distributed
+    from tracerl_jax.training.interrupt import Interrupted
+
     if error is None or isinstance(error, Interrupted):  # all processes come here
         distributed.end()
-    elif distributed.is_job():
+    else:
         distributed.give_up(status, str(error) or type(error).__name__)
-    return status
+
+
+def _fail(error: Exception) -> None:
+    from tracerl_jax.parallel import distributed, watchdog
+
+    if _is_consequence(error):
+        watchdog.await_verdict()
+    distributed.give_up(STATUS_FAILED, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
 
 def _is_consequence(error: BaseException | None) -> bool:
     """Whether the error may come from a collective that another process has left: XLA's errors begin with a status such
     as "UNAVAILABLE: ", and are of several types."""
     while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError) or re.match("[A-Z_]{5,}: ", str(error)):
+        if re.match("[A-Z_]{5,}: ", str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False
