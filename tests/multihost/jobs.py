@@ -52,7 +52,7 @@ class Job:
                 words = [sys.executable, *command, *own.get(i, ())]
                 self.processes.append(subprocess.Popen(words, env=variables, stdout=file, stderr=subprocess.STDOUT))
 
-    def wait(self, timeout: float = 500) -> list[Ended]:
+    def wait(self, timeout: float = 1500) -> list[Ended]:
         statuses = [process.wait(timeout) for process in self.processes]
         return [Ended(status, path.read_text()) for status, path in zip(statuses, self._outputs, strict=True)]
 
