@@ -211,8 +211,8 @@ class Run:
         from_lead(lambda: self._write_model(folder))
         if not folder.exists():
             raise ConfigError(
-                f"{folder}: written by process 0, and process {process_index()} does not see it: set runs_dir to a folder "
-                "that all hosts of a job share"
+                f"{folder}: written by process 0, and process {process_index()} does not see it: set runs_dir to a "
+                "folder that all hosts of a job share"
             )
         config = read_model_config(
             folder,
