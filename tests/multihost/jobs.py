@@ -49,7 +49,8 @@ class Job:
             variables = os.environ | {
                 "TRACERL_COORDINATOR": address, "TRACERL_PROCESSES": str(processes), "TRACERL_PROCESS_ID": str(i),
                 "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-                "PYTHONPATH": str(ROOT), "TEST_COMPILED": os.environ.get("TEST_COMPILED", _COMPILED.name), **environment,
+                "PYTHONPATH": str(ROOT), "TEST_COMPILED": os.environ.get("TEST_COMPILED", _COMPILED.name),
+                **environment,
             }  # fmt: skip
             with output.open("w") as file:
                 words = [sys.executable, *command, *own.get(i, ())]
