@@ -142,11 +142,12 @@ def _is_cluster(environment: Mapping[str, str]) -> bool:
     from jax._src.clusters import ClusterEnv  # what `jax.distributed.initialize` asks
 
     for cluster in ClusterEnv._cluster_types:
+        name = cluster.__name__
         if (
             cluster.opt_in_only_method
-            or (cluster.name == "k8s" and "JOB_COMPLETION_INDEX" not in environment)  # a pod, but of no indexed job
-            or (cluster.name == "slurm" and environment.get("SLURM_STEP_NUM_TASKS") == "1")  # the shell of a larger job
-            or ("tpu" in cluster.name and environment.get("JAX_PLATFORMS") == "cpu")
+            or (name == "K8sCluster" and "JOB_COMPLETION_INDEX" not in environment)  # a pod, but of no indexed job
+            or (name == "SlurmCluster" and environment.get("SLURM_STEP_NUM_TASKS") == "1")  # the shell of a larger job
+            or ("Tpu" in name and environment.get("JAX_PLATFORMS") == "cpu")
         ):
             continue
         try:
@@ -154,7 +155,7 @@ def _is_cluster(environment: Mapping[str, str]) -> bool:
                 return cluster.get_process_count() > 1
         except Exception as error:  # a metadata server that does not answer, say
             log.warning("this may be one of several processes (%s), which cannot be found out (%r): it goes on alone; "
-                        "%s would tell", cluster.name, error, ", ".join(VARIABLES))  # fmt: skip
+                        "%s would tell", name, error, ", ".join(VARIABLES))  # fmt: skip
     return False
 
 
