@@ -31,7 +31,8 @@ from tracerl_jax.training.step import UpdateResult
 log = logging.getLogger(__name__)
 
 PHASES = (
-    "save", "eval", "rollout", "reward", "exchange", "replay", "values", "update_value", "update_policy", "wait", "sync",
+    "save", "eval", "rollout", "reward", "exchange", "replay", "values", "update_value", "update_policy", "wait",
+    "sync",
 )  # fmt: skip
 
 
@@ -177,7 +178,8 @@ def update(
 
 
 def count_work(timer: PhaseTimer, learner: Learner, replays: Sequence[Replay], step: int) -> None:
-    """This process's share of the phases of `update`. That of `replay` leaves out the check of the log-probs, which no update needs."""
+    """This process's share of the phases of `update`. That of `replay` leaves out the check of the log-probs, which no
+    update needs."""
     model, config, value = learner.model.config, learner.config, learner.value_config
     items = [replay.item for replay in own_share(replays)]
     passes = (config.old_logprobs == "recompute") + (config.kl_to == "reference")
