@@ -83,15 +83,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tracerl_jax.evals.items import Items, ResultsFolder
+    from tracerl_jax.evals.items import Items, ResultsFolder, ShareOfItems
     from tracerl_jax.evals.manifest import make_manifest
     from tracerl_jax.evals.runner import eval_protocols, evaluate, samples_of
     from tracerl_jax.interop.tokenizer import decode
+    from tracerl_jax.parallel.distributed import is_lead, process_index
+    from tracerl_jax.parallel.facts import check_alike
     from tracerl_jax.rewards import settings, start_rewards
     from tracerl_jax.rollout.folder import load_weights, open_engine
     from tracerl_jax.training.run import engine_config
 
     _require_positive(args, "max_tokens", "max_prompt_tokens", "slots")
+    check_alike({name: value for name, value in vars(args).items() if name != "overrides"}
+                | {"overrides": list(args.overrides)})  # fmt: skip
     config = _config(args)
     settings.configure(config.reward)
     samples = _per_task(args, "samples", config.eval.samples_per_prompt, _positive)
@@ -109,25 +113,30 @@ def run(args: argparse.Namespace) -> int:
     results: dict[str, dict[str, Any]] = {name: {} for name in tasks}
     with contextlib.ExitStack() as stack:
         folder = None
-        if args.output:
+        if args.output and is_lead():
             described = {name: (task, problems[name], samples[name]) for name, task in tasks.items()}
             manifest = make_manifest(args.model, dtype, described, strategies, _cache(rollout))
             folder = stack.enter_context(ResultsFolder(args.output, manifest, args.overwrite))
         load_weights(engine, args.model)
         for name, task in tasks.items():
             for strategy, options in strategies.items():
-                items = folder.items(name, strategy) if folder else Items()
+                items = Items()
+                if folder:
+                    items = folder.items(name, strategy)
+                elif args.output:
+                    items = ShareOfItems(args.output, name, strategy, process_index())
                 total = len(problems[name]) * samples_of(options, samples[name])
                 result = evaluate(
                     engine, problems[name], task.rewards, task.accuracy_reward, options=options,
                     samples_per_prompt=samples[name], decode=lambda ids: decode(tokenizer, ids), items=items,
-                    watch=_progress(f"{name} {strategy}", len(items.rows), total),
+                    watch=_progress(f"{name} {strategy}", len(items.rows), total) if is_lead() else iter,
                 )  # fmt: skip
                 results[name][strategy] = result.summary() | result.speed()
                 if folder:
                     folder.write_result(name, strategy, results[name][strategy])
-    print(_table(results))
-    if args.output:
+    if is_lead():
+        print(_table(results))
+    if args.output and is_lead():
         print(f"results and answers: {args.output}")
     return 0
 

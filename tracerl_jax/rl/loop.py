@@ -10,6 +10,7 @@ import numpy as np
 from tracerl_jax.config import RunConfig
 from tracerl_jax.data.curriculum import open_iterator
 from tracerl_jax.models import Model
+from tracerl_jax.parallel.peers import own_share
 from tracerl_jax.report.flops import FORWARD, TRAINED, replay_work, rollout_work
 from tracerl_jax.report.metrics import MetricLog, PhaseTimer, merge
 from tracerl_jax.report.profile import Profiler
@@ -30,7 +31,8 @@ from tracerl_jax.training.step import UpdateResult
 log = logging.getLogger(__name__)
 
 PHASES = (
-    "save", "eval", "rollout", "reward", "replay", "values", "update_value", "update_policy", "wait", "sync",
+    "save", "eval", "rollout", "reward", "exchange", "replay", "values", "update_value", "update_policy", "wait",
+    "sync",
 )  # fmt: skip
 
 
@@ -102,7 +104,7 @@ def train_rl(
             with timer.step(step):
                 settle()
                 experience = rollouts.take(step, updates, timer)
-                done = rollout_work(run.model.config, experience.traces, config.rollout.cache)
+                done = rollout_work(run.model.config, own_share(experience.traces), config.rollout.cache)
                 timer.count("rollout", dataclasses.replace(done, seconds=experience.rollout_seconds))
                 kept = select(experience.samples, learner.config, config.reward.process.normalise)
                 if not kept:
@@ -176,9 +178,10 @@ def update(
 
 
 def count_work(timer: PhaseTimer, learner: Learner, replays: Sequence[Replay], step: int) -> None:
-    """Of the phases of `update`. That of `replay` leaves out the check of the log-probs, which no update needs."""
+    """This process's share of the phases of `update`. That of `replay` leaves out the check of the log-probs, which no
+    update needs."""
     model, config, value = learner.model.config, learner.config, learner.value_config
-    items = [replay.item for replay in replays]
+    items = [replay.item for replay in own_share(replays)]
     passes = (config.old_logprobs == "recompute") + (config.kl_to == "reference")
     if passes:
         timer.count("replay", replay_work(model, items, trunk=passes, heads=passes))

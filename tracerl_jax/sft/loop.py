@@ -10,6 +10,7 @@ from tracerl_jax.data.iterator import PromptIterator
 from tracerl_jax.data.prompts import Example
 from tracerl_jax.diffusion.packing import pack
 from tracerl_jax.models import Model
+from tracerl_jax.parallel.peers import own_share
 from tracerl_jax.parallel.sharding import row_shards
 from tracerl_jax.report.flops import TRAINED, replay_work
 from tracerl_jax.report.metrics import DelayedMetrics, PhaseTimer
@@ -80,7 +81,7 @@ def train_sft(
 
     try:
         while progress.sft_step < config.steps:
-            run.stop.check()
+            run.stop.check_together()
             update = progress.sft_step + 1
             profiler.at(update, state)
             with timer("pack"):
@@ -94,7 +95,7 @@ def train_sft(
                 if previous is not None:  # looked at one update late: the device is never waited for
                     guard.check(*previous)
             # Of the whole time: while the host packs the next update, the device still works on this one.
-            timer.count("total", replay_work(model.config, items, trunk=TRAINED, heads=TRAINED))
+            timer.count("total", replay_work(model.config, own_share(items), trunk=TRAINED, heads=TRAINED))
             previous = (result, batches[-1], f"sft update {update}")
             progress = Progress("sft", update, 0, iterator.state())
             if update % config.log_every == 0 or update == config.steps:

@@ -36,10 +36,15 @@ from tracerl_jax.interop.hf_load import load_hf, stored_dtype
 from tracerl_jax.interop.hf_save import save_hf, save_model_files
 from tracerl_jax.interop.tokenizer import decode, load_tokenizer, mask_token_id, valid_vocab
 from tracerl_jax.models import PRESETS, Model
+from tracerl_jax.parallel import watchdog
+from tracerl_jax.parallel.distributed import is_lead, process_index
 from tracerl_jax.parallel.mesh import make_mesh
+from tracerl_jax.parallel.peers import connect, from_lead
+from tracerl_jax.parallel.place import local_mesh
 from tracerl_jax.parallel.sharding import row_shards
+from tracerl_jax.report.follower import open_run_dir
 from tracerl_jax.report.metrics import MetricLog, open_log
-from tracerl_jax.report.run_dir import METRICS, SAMPLES, RunDir
+from tracerl_jax.report.run_dir import METRICS, SAMPLES
 from tracerl_jax.report.samples import decode_pieces
 from tracerl_jax.rewards import rewards_of_steps, settings, start_rewards
 from tracerl_jax.rollout.engine import Engine, EngineConfig, Request
@@ -68,7 +73,10 @@ class Progress:
 
 
 class Run:
-    """Everything the loops share. Use as a context manager; it holds the lock of the run folder."""
+    """Everything the loops share. Use as a context manager; it holds the lock of the run folder.
+
+    In a job all processes open the run. They share its folder, which process 0 alone writes but for checkpoints.
+    """
 
     def __init__(self, config: RunConfig):
         self.config = config
@@ -85,12 +93,13 @@ class Run:
             )
         self.protocols = eval_protocols(config)
         self._exit = contextlib.ExitStack()
-        self.folder = self._exit.enter_context(RunDir(self.path))
+        self.folder = self._exit.enter_context(open_run_dir(self.path))
         try:
             if self.folder.config and self._is_untouched():
                 self.folder.forget_config()
             if self.folder.config:
                 self._write_config()
+            connect(self.mesh)
             self.task = self._load_task()
             self.model = self._open_model()
             config.check_states(self.model.config.block_size)
@@ -105,6 +114,8 @@ class Run:
             self.checkpointer = Checkpointer(self.path, config.checkpoint)
             self._exit.callback(self.checkpointer.close)
             self.stop = self._exit.enter_context(StopSignal())
+            faults = config.faults
+            watchdog.configure(faults.heartbeat, faults.phase_seconds, faults.phase_timeout, self.path, self.stop)
         except BaseException:
             self._exit.__exit__(*sys.exc_info())
             raise
@@ -154,7 +165,7 @@ class Run:
 
     def _load_task(self) -> Task:
         section = self.config.task
-        settings.configure(self.config.reward, self.mesh)
+        settings.configure(self.config.reward, local_mesh(self.mesh))
         spec = get_spec(section.name)
         if self.config.rl.steps and not section.path and spec.options is None:
             raise ConfigError(
@@ -194,15 +205,12 @@ class Run:
     def _open_model(self) -> Model:
         """The model description; its config and tokenizer are kept in <run>/model from the first start on."""
         section, folder = self.config.model, self.path / "model"
-        if not self.folder.config or not folder.exists():
-            with whole_folder(folder, overwrite=True) as partial:
-                if section.path is not None:
-                    model, dtype = Model(read_model_config(section.path)), stored_dtype(section.path)
-                    save_model_files(partial, model, source=section.path, dtype=dtype)
-                else:
-                    self._write_preset(partial)
-                if section.tokenizer is not None:
-                    copy_companions(section.tokenizer, partial)
+        from_lead(lambda: self._write_model(folder))
+        if not folder.exists():
+            raise ConfigError(
+                f"{folder}: written by process 0, and process {process_index()} does not see it: set runs_dir to a "
+                "folder that all hosts of a job share"
+            )
         config = read_model_config(
             folder,
             dtype=section.dtype,
@@ -213,6 +221,19 @@ class Run:
         model = Model(config, mesh=self.mesh)
         rollout_model(model, self.config.rollout.tensor)  # for its ConfigError
         return model
+
+    def _write_model(self, folder: Path) -> None:
+        if self.folder.config and folder.exists():
+            return
+        section = self.config.model
+        with whole_folder(folder, overwrite=True) as partial:
+            if section.path is not None:
+                model, dtype = Model(read_model_config(section.path)), stored_dtype(section.path)
+                save_model_files(partial, model, source=section.path, dtype=dtype)
+            else:
+                self._write_preset(partial)
+            if section.tokenizer is not None:
+                copy_companions(section.tokenizer, partial)
 
     def _open_tokenizer(self):
         """Raises ConfigError when the model has none, or one that does not go with the model."""
@@ -279,7 +300,8 @@ class Run:
         return Engine(model, params, engine_config(section, slots, valid))
 
     def watch(self, traces: Iterable[Trace]) -> Iterator[Trace]:
-        """Passes traces on; raises Interrupted between them when a signal asked to stop."""
+        """Passes traces on; raises Interrupted before the first and between them when a signal asked to stop."""
+        self.stop.check()
         for trace in traces:
             self.stop.check()
             yield trace
@@ -311,6 +333,8 @@ class Run:
         return target
 
     def open_log(self, phase: str, total_steps: int, first_step: int) -> MetricLog:
+        if not is_lead():
+            return MetricLog([], phase)
         writers = [name for name in ("tensorboard", "wandb") if getattr(self.config.report, name)]
         return open_log(self.folder, phase, total_steps=total_steps, first_step=first_step, writers=writers)
 
