@@ -34,6 +34,7 @@ COMMANDS = {
     "convert": "Hugging Face folder to Orbax checkpoint and back",
     "plan": "will a config fit a TPU slice or GPUs, and how fast: no accelerator needed",
     "report": "one HTML page with the curves and samples of a run",
+    "launch": "a job of several processes, restarted when it fails",
     "doctor": "versions, devices, known-bad combinations and their fixes",
 }
 
