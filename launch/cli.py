@@ -48,6 +48,8 @@ tracerl COMMAND --help explains a command.
 tracerl --version prints the version.
 TRACERL_DEBUG=1 shows the traceback of an error."""
 
+JOINING = ("rl", "sft", "eval")  # commands that run as one job of several processes
+
 STATUS_USER_ERROR = 2
 STATUS_INTERRUPTED = 128 + 2  # what a shell reports for SIGINT
 STATUS_BROKEN_PIPE = 128 + 13  # SIGPIPE
@@ -55,8 +57,17 @@ STATUS_BROKEN_PIPE = 128 + 13  # SIGPIPE
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status. What a user can cause is one line on stderr, not a traceback."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] not in JOINING:
+        return _main(argv)
+    from tracerl_jax.launch.job import in_job
+
+    return in_job(lambda: _main(argv))
+
+
+def _main(argv: list[str]) -> int:
     try:
-        status = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        status = _dispatch(argv)
         sys.stdout.flush()
         return status
     except UserError as error:
@@ -92,6 +103,10 @@ def _dispatch(argv: list[str]) -> int:
     module.add_arguments(parser)
     args = parser.parse(rest)
     set_up_logging()
+    if command in JOINING:
+        from tracerl_jax.launch.job import join
+
+        join()
     return module.run(args)
 
 

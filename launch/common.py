@@ -152,14 +152,17 @@ def apply_reward_settings(args: argparse.Namespace) -> None:
 
 def train_and_describe(command: str, args: argparse.Namespace, config: Any) -> None:
     """Train and print where the results are; when interrupted, print the command line that goes on, and raise."""
+    from tracerl_jax.parallel.distributed import is_lead
     from tracerl_jax.training.pipeline import describe_summary, train
 
     try:
         summary = train(config)
     except KeyboardInterrupt:
-        print(f"\nto go on: {command_again(command, args)}", file=sys.stderr)
+        if is_lead():
+            print(f"\nto go on: {command_again(command, args)}", file=sys.stderr)
         raise
-    print(describe_summary(summary))
+    if is_lead():
+        print(describe_summary(summary))
 
 
 def command_again(command: str, args: argparse.Namespace, **changes: Any) -> str:

@@ -70,10 +70,14 @@ def run(args: argparse.Namespace) -> int:
     from tracerl_jax.evals.runner import evaluate, protocol, samples_of
     from tracerl_jax.interop.tokenizer import decode
     from tracerl_jax.launch.common import apply_reward_settings, engine_config
+    from tracerl_jax.parallel.distributed import is_lead
+    from tracerl_jax.parallel.facts import check_alike
     from tracerl_jax.rewards import start_rewards
     from tracerl_jax.rollout.folder import load_weights, open_engine
 
     _require_positive(args, "max_tokens", "max_prompt_tokens", "slots")
+    check_alike({name: value for name, value in vars(args).items() if name != "overrides"}
+                | {"overrides": list(args.overrides)})  # fmt: skip
     apply_reward_settings(args)
     samples = _per_task(args, "samples", 1, _positive)
     strategies = {
@@ -94,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     results: dict[str, dict[str, Any]] = {name: {} for name in tasks}
     with contextlib.ExitStack() as stack:
         folder = None
-        if args.output:
+        if args.output and is_lead():
             described = {name: (task, problems[name], samples[name]) for name, task in tasks.items()}
             manifest = make_manifest(args.model, args.dtype, described, strategies)
             folder = stack.enter_context(ResultsFolder(args.output, manifest, args.overwrite))
@@ -106,13 +110,14 @@ def run(args: argparse.Namespace) -> int:
                 result = evaluate(
                     engine, problems[name], task.rewards, task.accuracy_reward, options=options,
                     samples_per_prompt=samples[name], decode=lambda ids: decode(tokenizer, ids), items=items,
-                    watch=_progress(f"{name} {strategy}", len(items.rows), total),
+                    watch=_progress(f"{name} {strategy}", len(items.rows), total) if is_lead() else iter,
                 )  # fmt: skip
                 results[name][strategy] = result.summary() | result.speed()
                 if folder:
                     folder.write_result(name, strategy, results[name][strategy])
-    print(_table(results))
-    if args.output:
+    if is_lead():
+        print(_table(results))
+    if args.output and is_lead():
         print(f"results and answers: {args.output}")
     return 0
 

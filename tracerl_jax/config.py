@@ -357,6 +357,19 @@ class ReportSection:
 
 
 @dataclass(frozen=True)
+class FaultsSection:
+    heartbeat: float = _doc(60.0, "seconds without a sign of life after which a process of a job is taken for dead")
+    phase_seconds: float = _doc(7200.0, "seconds that a phase of a step may take in a job of several processes")
+    phase_timeout: dict[str, float] = _doc({}, "the same of single phases (docs/metrics.md): {rollout: 900}")
+
+    def __post_init__(self):
+        for name in ("heartbeat", "phase_seconds"):
+            _require(getattr(self, name) > 0, f"faults.{name} is {getattr(self, name)}, must be above 0")
+        for name, seconds in self.phase_timeout.items():
+            _require(seconds > 0, f"faults.phase_timeout holds {{{name}: {seconds}}}, must be above 0")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     name: str = _doc("run", "folder below runs_dir; an existing run with this name is continued")
     runs_dir: str = _doc("runs", "where run folders live")
@@ -372,6 +385,7 @@ class RunConfig:
     eval: EvalSection = _doc(EvalSection(), "held-out evaluation")
     checkpoint: CheckpointSection = _doc(CheckpointSection(), "Orbax checkpoints")
     report: ReportSection = _doc(ReportSection(), "what is written for people")
+    faults: FaultsSection = _doc(FaultsSection(), "when a job of several processes gives up")
 
     def __post_init__(self):
         _require(

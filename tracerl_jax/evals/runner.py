@@ -15,10 +15,12 @@ from tracerl_jax.evals.beside import consume_beside
 from tracerl_jax.evals.items import Items, Seconds
 from tracerl_jax.evals.statistics import Score, scores
 from tracerl_jax.files import plain
+from tracerl_jax.parallel import distributed, peers
 from tracerl_jax.rewards import Answers, get_answers, score
 from tracerl_jax.rollout.engine import Engine
 from tracerl_jax.rollout.options import Request, SamplingOptions
 from tracerl_jax.rollout.stream import completed
+from tracerl_jax.training.interrupt import together
 
 logger = logging.getLogger(__name__)
 
@@ -115,11 +117,14 @@ def evaluate(
     An answer is right when `accuracy_reward` gives it 1 or more. Truncated answers are judged like others. Answers are
     judged, and added to `items`, in a thread while others are decoded. `decode` turns completion ids into text; `watch`
     wraps the stream of decoded answers (progress, interruption).
+
+    The processes of a job share the work. Only process 0 need have `items` that hold something; all return the result.
     """
     items = Items() if items is None else items
     k = samples_of(options, samples_per_prompt)
-    done = {(row["index"], row["sample_index"]) for row in items.rows}
+    done = peers.from_lead(lambda: {(row["index"], row["sample_index"]) for row in items.rows})
     left = [(problem, i) for problem in problems for i in range(k) if (problem.index, i) not in done]
+    left = peers.own_share(left)
     started = time.monotonic()
 
     def answered() -> Iterator[Answer]:
@@ -134,10 +139,16 @@ def evaluate(
         items.add(_judged(batch, texts, rewards, accuracy_reward))
         items.clock(wall=time.monotonic() - started)
 
-    if left:
-        items.begin()
-        consume_beside(watch(answered()), judge)
-        items.end()
+    def work() -> list[Row]:
+        if left:
+            items.begin()
+            consume_beside(watch(answered()), judge)
+            items.end()
+        return items.rows
+
+    for index, rows in enumerate(together(work)):
+        if index != distributed.process_index():
+            items.add(rows)
     return summarise(items, k, accuracy_reward)
 
 

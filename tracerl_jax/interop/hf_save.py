@@ -20,6 +20,8 @@ from tracerl_jax.interop.hf_config import hf_config_from_model
 from tracerl_jax.interop.hf_load import INDEX_FILE, SINGLE_FILE
 from tracerl_jax.interop.names import HfTensor, hf_tensors, leaves_by_path
 from tracerl_jax.models import Model
+from tracerl_jax.parallel.distributed import is_lead
+from tracerl_jax.parallel.place import fetch
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -39,7 +41,7 @@ def save_hf(
     The folder appears complete or not at all. A tied head is left out, a value model gets `value_head.weight`.
 
     Args:
-        params: of `model`, on any devices of this process.
+        params: of `model`, on any devices. In a job all processes call this, and process 0 writes.
         source: model folder the config, tokenizer, chat template, generation config, remote code and licence are taken
             from; without it a plain config is written and nothing else. A tokenizer without chat template gets the
             family's, if it has the tokens for it.
@@ -53,6 +55,10 @@ def save_hf(
     tensor_dtype = jnp.dtype(dtype or params["embed"]["embedding"].dtype)
     read = _reader(params, tensor_dtype)
     shards = _shards(hf_tensors(params, FAMILIES[model.config.family].tensors), tensor_dtype.itemsize, max_shard_bytes)
+    if not is_lead():  # it takes part in what `read` has to gather
+        for tensor in (tensor for shard in shards for tensor in shard):
+            read(tensor)
+        return
     with whole_folder(folder, overwrite=overwrite) as partial:
         save_model_files(partial, model, source=source, dtype=str(tensor_dtype))
         names = [SINGLE_FILE]
@@ -93,13 +99,13 @@ def _reader(params: Mapping[str, Any], dtype: np.dtype) -> Callable[[HfTensor], 
 
     @lru_cache(maxsize=1)
     def layer(path: str, index: int) -> np.ndarray:
-        return np.asarray(leaves[path][index])
+        return fetch(leaves[path][index])
 
     def read(tensor: HfTensor) -> np.ndarray:
         if tensor.index:
             values = layer(tensor.path, tensor.index[0])[tensor.index[1:]]
         else:
-            values = np.asarray(leaves[tensor.path])
+            values = np.asarray(fetch(leaves[tensor.path]))
         # save_file writes the memory as it lies, so a transposed view must be copied.
         return np.ascontiguousarray((values.T if tensor.transpose else values).astype(dtype, copy=False))
 

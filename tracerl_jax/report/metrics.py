@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from tracerl_jax.errors import ConfigError
 from tracerl_jax.files import replacing
+from tracerl_jax.parallel import watchdog
 from tracerl_jax.report.run_dir import RunDir
 
 Scalar = Any  # float, numpy scalar or 0-d device array
@@ -110,7 +111,7 @@ class PhaseTimer:
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            with jax.profiler.TraceAnnotation(phase):
+            with watchdog.phase(phase), jax.profiler.TraceAnnotation(phase):
                 yield
         finally:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start

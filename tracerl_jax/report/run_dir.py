@@ -31,7 +31,8 @@ CONFIG, METRICS, SAMPLES, SUMMARY = "config.json", "metrics.jsonl", "samples.jso
 # Keys of an existing run that may change (shell patterns): how long it goes on, how often it looks at itself, and how
 # the work is laid out on devices, or how a judge is reached, which leaves the objective as it was.
 CHANGEABLE = (
-    "name", "runs_dir", "rl.steps", "sft.steps", "eval.every", "checkpoint.*", "report.*", "sft.log_every",
+    "name", "runs_dir", "rl.steps", "sft.steps", "eval.every", "checkpoint.*", "report.*", "faults.*",
+    "sft.log_every",
     "rl.max_skipped_updates", "mesh.*", "model.remat", "model.attention", "rollout.tensor", "rollout.slots_per_device",
     "*.rows_per_device", "*.row_length", "reward.model.tokens_per_device", "reward.judge.url",
     "reward.judge.*_variable", "reward.judge.*_seconds", "reward.judge.retries", "reward.judge.concurrency",

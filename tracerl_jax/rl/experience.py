@@ -36,20 +36,20 @@ class Sample:
 
 def judge(
     problems: Sequence[Problem],
+    groups: Sequence[int],
     traces: Sequence[Trace],
     decode: Callable[[np.ndarray], str],
     *,
     rewards: Mapping[str, float],
     accuracy_reward: str,
-    samples_per_prompt: int,
     truncated_is_wrong: bool,
     process: ProcessSection,
     pieces: Callable[[np.ndarray], Sequence[str]],
 ) -> list[Sample]:
-    """Score the traces of a step.
+    """Score traces.
 
     Args:
-        problems: [n]; traces: [n * samples_per_prompt], the samples of a problem side by side.
+        problems, groups, traces: [n], a problem and its group for every trace.
         decode: response ids to text.
         rewards: name -> weight.
         accuracy_reward: the reward that decides correctness: 1 is correct.
@@ -58,16 +58,15 @@ def judge(
         process: where steps end, for rewards of steps.
         pieces: response ids to the text of each, which join to what `decode` gives.
     """
-    owners = [problem for problem in problems for _ in range(samples_per_prompt)]
-    texts = [owner.prefix + decode(trace.ids) for owner, trace in zip(owners, traces, strict=True)]
+    texts = [owner.prefix + decode(trace.ids) for owner, trace in zip(problems, traces, strict=True)]
     token_ends = ends = None
     if rewards_of_steps(rewards):
         token_ends = [
             len(owner.prefix) + np.cumsum([len(piece) for piece in pieces(trace.ids)])
-            for owner, trace in zip(owners, traces, strict=True)
+            for owner, trace in zip(problems, traces, strict=True)
         ]
         ends = [step_ends(text, of_tokens, process) for text, of_tokens in zip(texts, token_ends, strict=True)]
-    result = score(rewards, [p.prompt_text for p in owners], texts, [p.columns for p in owners], ends)
+    result = score(rewards, [p.prompt_text for p in problems], texts, [p.columns for p in problems], ends)
     correct = np.where(np.isnan(result.by_name[accuracy_reward]), np.nan, result.by_name[accuracy_reward] >= 1)
     cut = np.array([truncated_is_wrong and trace.stop_reason == "length" for trace in traces], bool)
     total = np.where(cut, 0.0, result.total)
@@ -82,14 +81,14 @@ def judge(
             problem=owner,
             trace=traces[i],
             text=texts[i],
-            group=i // samples_per_prompt,
+            group=groups[i],
             reward=float(total[i]),
             rewards={name: float(values[i]) for name, values in result.by_name.items()},
             correct=float(correct[i]),
             steps=steps(i),
             reward_of_whole=0.0 if cut[i] else float(result.whole[i]),
         )
-        for i, owner in enumerate(owners)
+        for i, owner in enumerate(problems)
     ]
 
 

@@ -15,6 +15,12 @@ rounds:
 
     round 1    prompts_per_step problems     decode, judge, count the groups that are kept
     round 2    as many as are missing        ..
+
+The processes of a job share the requests of a round. Behind the gather all have the same list, and compute the same
+from it: statistics of groups and filters are exact, and all make the same number of updates.
+
+    process 0    decode 0, 2, 4, ..    judge them   |  gather  | 0, 1, 2, 3, ..    filter, advantages, packing, updates
+    process 1    decode 1, 3, 5, ..    judge them   |          | 0, 1, 2, 3, ..    the same everywhere
 """
 
 import dataclasses
@@ -30,11 +36,14 @@ import numpy as np
 
 from tracerl_jax.data.curriculum import SuccessRateCurriculum
 from tracerl_jax.data.iterator import PromptIterator
+from tracerl_jax.data.prompts import Problem
 from tracerl_jax.diffusion.trace import Trace
+from tracerl_jax.parallel import peers
 from tracerl_jax.report.metrics import PhaseTimer
 from tracerl_jax.rl.experience import Sample, judge, select
 from tracerl_jax.rollout.engine import Engine
 from tracerl_jax.rollout.options import Request
+from tracerl_jax.training.interrupt import together
 from tracerl_jax.training.run import Run, rollout_options
 
 
@@ -104,13 +113,8 @@ class Rollouts:
         rounds, decoding, judging, missing = 0, 0.0, 0.0, config.rollout.prompts_per_step
         while missing and rounds < config.rl.sampling_rounds:
             drawn = self.iterator.next(missing, avoid=chosen).tolist()
-            start = time.perf_counter()
-            with timer("rollout"):
-                traces = decode(requests_of(self.run, drawn, step, before=chosen))
-            decoded = time.perf_counter()
-            with timer("reward"):
-                judged = judge_traces(self.run, drawn, traces)
-            decoding, judging = decoding + decoded - start, judging + time.perf_counter() - decoded
+            judged, seconds = self._sample(drawn, requests_of(self.run, drawn, step, before=chosen), timer, decode)
+            decoding, judging = decoding + seconds[0], judging + seconds[1]
             samples += [dataclasses.replace(sample, group=sample.group + len(chosen)) for sample in judged]
             chosen += drawn
             self.iterator.record(drawn, _success_rates(judged))
@@ -124,6 +128,30 @@ class Rollouts:
             block_size = stage.block_size or self.run.model.config.block_size
             sampling |= {"rollout/max_tokens": float(stage.max_tokens), "rollout/block_size": float(block_size)}
         return Experience(chosen, samples, updates, decoding, judging, sampling)
+
+
+    def _sample(
+        self, drawn: list[int], requests: list[Request], timer: PhaseTimer,
+        decode: Callable[[Sequence[Request]], list[Trace]],
+    ) -> tuple[list[Sample], tuple[float, float]]:
+        """The judged samples of a round, and the seconds that decoding and judging took, of the slowest process."""
+        k = self.run.config.rollout.samples_per_prompt
+        groups = peers.own_share([group for group in range(len(drawn)) for _ in range(k)])
+        problems = [self.run.train_problems[i] for i in drawn]
+
+        def work() -> tuple[list[Sample], tuple[float, float]]:
+            start = time.perf_counter()
+            with timer("rollout"):
+                traces = decode(peers.own_share(requests))
+            decoded = time.perf_counter()
+            with timer("reward"):
+                samples = judge_traces(self.run, [problems[group] for group in groups], groups, traces)
+            samples = [dataclasses.replace(sample, problem=None) for sample in samples]  # everybody has them
+            return samples, (decoded - start, time.perf_counter() - decoded)
+
+        shares, seconds = zip(*together(work, timer("exchange")), strict=True)
+        samples = [dataclasses.replace(s, problem=problems[s.group]) for s in peers.interleave(shares)]
+        return samples, tuple(map(max, zip(*seconds, strict=True)))
 
 
 class OneStepOff(Rollouts):
@@ -213,12 +241,15 @@ def requests_of(run: Run, chosen: Sequence[int], step: int, before: Sequence[int
     return requests
 
 
-def judge_traces(run: Run, chosen: Sequence[int], traces: Sequence[Trace]) -> list[Sample]:
-    task, section = run.task, run.config.rollout
+def judge_traces(
+    run: Run, problems: Sequence[Problem], groups: Sequence[int], traces: Sequence[Trace]
+) -> list[Sample]:
+    """`problems`, `groups`: of each trace."""
+    task = run.task
     return judge(
-        [run.train_problems[i] for i in chosen], traces, run.decode,
+        problems, groups, traces, run.decode,
         rewards={task.accuracy_reward: 0.0, **task.rewards}, accuracy_reward=task.accuracy_reward,
-        samples_per_prompt=section.samples_per_prompt, truncated_is_wrong=section.truncated_is_wrong,
+        truncated_is_wrong=run.config.rollout.truncated_is_wrong,
         process=run.config.reward.process, pieces=run.pieces,
     )  # fmt: skip
 
@@ -227,7 +258,9 @@ def _restored(run: Run, ahead: dict) -> Experience:
     """The experience of a checkpoint, judged once more."""
     traces = [Trace.from_row(row, f"sample {i} of the checkpoint") for i, row in enumerate(ahead["traces"])]
     known = {name: ahead[name] for name in _SAVED if name in ahead}
-    return Experience(samples=judge_traces(run, ahead["problems"], traces), **known)
+    groups = [i // run.config.rollout.samples_per_prompt for i in range(len(traces))]
+    problems = [run.train_problems[ahead["problems"][group]] for group in groups]
+    return Experience(samples=judge_traces(run, problems, groups, traces), **known)
 
 
 def _success_rates(samples: Sequence[Sample]) -> list[float]:

@@ -16,6 +16,7 @@ from tracerl_jax.diffusion.packing import PackedRows, pack
 from tracerl_jax.diffusion.replay import ReplayItem, masking_item, shrunk_steps, trace_item
 from tracerl_jax.models import Model
 from tracerl_jax.parallel.order import in_order
+from tracerl_jax.parallel.place import fetch, put
 from tracerl_jax.parallel.sharding import param_shardings, row_shards
 from tracerl_jax.rewards.steps import rewards_of_tokens
 from tracerl_jax.rl.advantages import trace_gae, whiten
@@ -155,10 +156,9 @@ class Learner:
 
     def initial_value_params(self, policy_params: Any) -> Any:
         """A value model that starts from the policy's backbone (a copy) with a zero head, or the head alone."""
-        head = {"value_head": {"kernel": jnp.zeros((self.model.config.width, 1), self.model.config.param_dtype)}}
-        if self.model.mesh is not None:
-            shardings = param_shardings(self.value_model, self.model.mesh)
-            head = jax.device_put(head, {"value_head": shardings["value_head"]})
+        head = {"value_head": {"kernel": np.zeros((self.model.config.width, 1), self.model.config.param_dtype)}}
+        shardings = param_shardings(self.value_model, self.model.mesh) if self.model.mesh is not None else None
+        head = put(head, shardings and {"value_head": shardings["value_head"]})
         if self.value_config.shared_trunk:
             return head
         return {**{k: jax.tree.map(jnp.copy, v) for k, v in policy_params.items() if k != "lm_head"}, **head}
@@ -216,7 +216,7 @@ class Learner:
             part = put_batch(part, self.model.mesh)
             with in_order(self.model.mesh):
                 outputs.append(function(part["rows"], *(part[str(i)] for i in range(len(columns)))))
-        return rows.scatter(np.concatenate(jax.device_get(outputs))[: rows.ids.shape[0]])
+        return rows.scatter(np.concatenate(fetch(outputs))[: rows.ids.shape[0]])
 
     def _pack(self, replays: Sequence[Replay]) -> PackedRows:
         lengths = [self.config.row_length * 2**k for k in range(5)]  # longer responses get longer rows

@@ -4,6 +4,8 @@ import dataclasses
 import os
 from typing import Any
 
+import jax
+
 from tracerl_jax.interop.hf_config import read_model_config
 from tracerl_jax.interop.hf_load import load_hf
 from tracerl_jax.interop.tokenizer import load_tokenizer, valid_vocab
@@ -14,12 +16,13 @@ from tracerl_jax.rollout.options import EngineConfig
 
 
 def open_engine(folder: str | os.PathLike, config: EngineConfig, dtype: str = "float32") -> tuple[Engine, Any]:
-    """(engine, tokenizer or None) of a model folder, on all devices; ids without a token are never sampled.
+    """(engine, tokenizer or None) of a model folder, on all devices of this process; ids without a token are never
+    sampled.
 
     The engine has no weights yet, which may take minutes to read: check the requests, then `load_weights`.
     Raises CheckpointError for a folder that is none, ConfigError for a model that cannot be decoded.
     """
-    model = Model(read_model_config(folder, dtype=dtype, param_dtype=dtype), mesh=make_mesh())
+    model = Model(read_model_config(folder, dtype=dtype, param_dtype=dtype), mesh=make_mesh(devices=jax.local_devices()))
     tokenizer = load_tokenizer(folder)
     valid = valid_vocab(tokenizer, model.config.vocab_size)
     return Engine(model, None, dataclasses.replace(config, valid_vocab=valid)), tokenizer

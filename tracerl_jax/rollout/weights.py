@@ -5,6 +5,9 @@ sequence: gathering and casting them each time would cost more than the forward.
 
     training mesh   data x fsdp x tensor         the same devices, in the same order
     rollout mesh    (all / tensor) x 1 x tensor
+
+In a job of several processes each decodes on its own devices, at its own pace: there is a rollout mesh for each, and
+the weights go to all of them at once (parallel/place.py).
 """
 
 import dataclasses
@@ -19,21 +22,26 @@ from jax.sharding import Mesh
 from tracerl_jax.errors import ConfigError
 from tracerl_jax.models import Model
 from tracerl_jax.models.decoder import Params
+from tracerl_jax.parallel.distributed import is_job
 from tracerl_jax.parallel.mesh import AXES
+from tracerl_jax.parallel.place import local_mesh, replicas
 from tracerl_jax.parallel.sharding import param_shardings
 
 
 def rollout_model(model: Model, tensor: int | None = None) -> Model:
-    """The model for decoding on its mesh's devices, of which `tensor` (default: as in training) share one copy.
+    """The model for decoding on its mesh's devices, of which `tensor` (default: as in training) share one copy; in a
+    job, on those of this process.
 
     Raises ConfigError where the devices or the model cannot be split so.
     """
     if model.mesh is None:
         return model
-    tensor, count = tensor or model.mesh.shape["tensor"], model.mesh.size
+    mesh = local_mesh(model.mesh)
+    tensor, count = tensor or model.mesh.shape["tensor"], mesh.size
     if count % tensor:
-        raise ConfigError(f"rollout.tensor is {tensor}, which does not divide the {count} devices of the mesh")
-    devices = np.reshape(model.mesh.devices, (count // tensor, 1, tensor))
+        of = "this process: a copy of the weights cannot be shared by processes" if mesh != model.mesh else "the mesh"
+        raise ConfigError(f"rollout.tensor is {tensor}, which does not divide the {count} devices of {of}")
+    devices = np.reshape(mesh.devices, (count // tensor, 1, tensor))
     return dataclasses.replace(model, mesh=Mesh(devices, AXES, axis_types=model.mesh.axis_types))
 
 
@@ -42,6 +50,8 @@ def rollout_params(model: Model, params: Params, own: bool = False) -> Params:
 
     `own`: in arrays of their own, for decoding while updates that donate `params` run.
     """
+    if is_job():
+        return replicas(cast(model, params), param_shardings(model, model.mesh))
     if own:
         return snapshot(model, params)
     return convert(model, params) if needs_copy(model, params) else params
@@ -74,6 +84,11 @@ def weight_bytes(model: Model) -> int:
 
     devices = 1 if model.mesh is None else model.mesh.size
     return devices * sum(map(size, jax.tree.leaves(abstract_rollout_params(model))))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def cast(model: Model, params: Params) -> Params:
+    return model.in_compute_dtype(params)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -10,6 +10,7 @@ from tracerl_jax.data.iterator import PromptIterator
 from tracerl_jax.data.prompts import Example
 from tracerl_jax.diffusion.packing import pack
 from tracerl_jax.models import Model
+from tracerl_jax.parallel import watchdog
 from tracerl_jax.parallel.sharding import row_shards
 from tracerl_jax.report.metrics import DelayedMetrics
 from tracerl_jax.rl.logprobs import packed_logprobs
@@ -68,20 +69,22 @@ def train_sft(
 
     def save():
         settle()  # a run that is killed from now on must find in metrics.jsonl what the checkpoint has behind it
-        run.save(progress, {"params": state.params, "train": state._replace(params=())})
+        with watchdog.phase("save"):
+            run.save(progress, {"params": state.params, "train": state._replace(params=())})
 
     try:
         while progress.sft_step < config.steps:
-            run.stop.check()
+            run.stop.check_together()
             update = progress.sft_step + 1
             chosen = [examples[i] for i in iterator.next(config.sequences_per_update)]
             items = make_items(chosen, config, layout, seed=run.config.seed, update=update)
             rows = pack(items, row_length=config.row_length)
             denominator = max(1.0, float(np.sum(rows.target_weight)))
             batches = [{"rows": part} for part in rows.split(rows_per_micro_batch)]
-            state, result = updater.update(state, batches, denominator)
-            if previous is not None:  # looked at one update late: the device is never waited for
-                guard.check(*previous)
+            with watchdog.phase("sft"):
+                state, result = updater.update(state, batches, denominator)
+                if previous is not None:  # looked at one update late: the device is never waited for
+                    guard.check(*previous)
             previous = (result, batches[-1], f"sft update {update}")
             tokens += rows.token_count
             progress = Progress("sft", update, 0, iterator.state())

@@ -10,6 +10,9 @@
 
 A step folder appears only when it is complete (Orbax writes elsewhere and renames). A folder that was damaged later is
 found by its checksums, or by a failing read where a kill came before them; it is set aside and the one before is used.
+
+In a job every process writes and reads its parts of the arrays. Process 0 decides which step is read, and computes the
+checksums once all have written.
 """
 
 import errno
@@ -29,6 +32,8 @@ import orbax.checkpoint as ocp
 from tracerl_jax.config import CheckpointSection
 from tracerl_jax.errors import CheckpointError, UserError
 from tracerl_jax.files import write_json
+from tracerl_jax.parallel.distributed import is_lead
+from tracerl_jax.parallel.peers import from_lead, gather
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +48,7 @@ class Checkpointer:
         self._root = Path(run_path).absolute()
         self._folder = self._root / "checkpoints"
         self._checksums = self._root / "checksums"
-        self._checksums.mkdir(parents=True, exist_ok=True)
+        from_lead(lambda: self._checksums.mkdir(parents=True, exist_ok=True))
         policies = [ocp.checkpoint_managers.LatestN(options.keep_last)]
         if options.keep_every:
             policies.append(_EveryRLStep(self._folder, options.keep_every))
@@ -81,6 +86,10 @@ class Checkpointer:
         self._unsealed.append(step)
         self.seal_finished()
 
+    def _steps(self) -> list[int]:
+        """That there are, newest first."""
+        return from_lead(lambda: sorted(self._manager.all_steps(), reverse=True))
+
     def restore(self, abstract: Callable[[dict], dict[str, Any]]) -> tuple[int, dict[str, Any], dict[str, dict]] | None:
         """The newest checkpoint that is whole: (step, trees, documents); None for a run that has never saved one.
 
@@ -93,23 +102,19 @@ class Checkpointer:
         permissions, another model), and when there are or were checkpoints and none of them is whole.
         """
         damaged: dict[int, str] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            checksums = _read_seal(self._seal_path(step))
-            try:
-                problem = _verify(self._folder / str(step), checksums)
-                restored = (step, *self._read(step, abstract)) if problem is None else None
-            except UserError:
-                raise
-            except Exception as error:  # Orbax raises whatever its parts raise
-                problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-                if checksums is not None:
+        for step in self._steps():
+            is_sealed, problem = from_lead(lambda step=step: self._verify(step))
+            restored = None
+            if problem is None:
+                restored, cause = self._try(step, abstract)
+                problem = next((p for p in gather(cause and _in_one_line(cause)) if p), None)
+                if problem is not None and is_sealed:
                     raise CheckpointError(
                         f"{self._folder / str(step)}: cannot be read ({problem}), although its files are as they were "
                         "written; nothing was changed. Check permissions, free memory (of the devices too) and the "
                         "versions of the packages, and run the same command again"
-                    ) from error
-                restored = None
-            if restored is not None:
+                    ) from cause
+            if problem is None:
                 for number, reason in damaged.items():
                     self._set_aside(number, reason)
                 return restored
@@ -120,13 +125,27 @@ class Checkpointer:
                 f"{self._folder}: none of the checkpoints can be read ({reasons}); nothing was changed. Restore the "
                 "folder from a copy, or start a new run with another --config.name"
             )
-        if any(self._root.glob("damaged-checkpoint-*")):
+        if from_lead(lambda: any(self._root.glob("damaged-checkpoint-*"))):
             raise CheckpointError(
                 f"{self._root}: has damaged checkpoints (damaged-checkpoint-*) and none that can be read, so it would "
                 "start from nothing. Restore checkpoints/ from a copy, start a new run with another --config.name, or "
                 "remove the damaged ones to start again here"
             )
         return None
+
+    def _verify(self, step: int) -> tuple[bool, str | None]:
+        """Whether there are checksums, and what is wrong with the files."""
+        checksums = _read_seal(self._seal_path(step))
+        return checksums is not None, _verify(self._folder / str(step), checksums)
+
+    def _try(self, step: int, abstract: Callable[[dict], dict[str, Any]]) -> tuple[tuple | None, Exception | None]:
+        """(what `restore` returns, None), or (None, why it cannot be read)."""
+        try:
+            return (step, *self._read(step, abstract)), None
+        except UserError:
+            raise
+        except Exception as error:  # Orbax raises whatever its parts raise
+            return None, error
 
     def _read(self, step: int, abstract: Callable[[dict], dict[str, Any]]) -> tuple[dict[str, Any], dict[str, dict]]:
         saved = [name for name in DOCUMENTS if (self._folder / str(step) / name).exists()]
@@ -140,16 +159,20 @@ class Checkpointer:
 
     def _set_aside(self, step: int, problem: str) -> None:
         damaged = self._folder / str(step)
-        kept = self._root / f"damaged-checkpoint-{step}"
-        number = 1
-        while kept.exists():
-            number += 1
-            kept = self._root / f"damaged-checkpoint-{step}-{number}"
-        log.warning("checkpoint %s is damaged (%s): moved to %s, using the one before", damaged, problem, kept)
         self._manager.close()
-        damaged.rename(kept)
+
+        def move() -> None:
+            kept = self._root / f"damaged-checkpoint-{step}"
+            number = 1
+            while kept.exists():
+                number += 1
+                kept = self._root / f"damaged-checkpoint-{step}-{number}"
+            log.warning("checkpoint %s is damaged (%s): moved to %s, using the one before", damaged, problem, kept)
+            damaged.rename(kept)
+            self._seal_path(step).unlink(missing_ok=True)
+
+        from_lead(move)
         self._unsealed = [s for s in self._unsealed if s != step]  # the number may come again
-        self._seal_path(step).unlink(missing_ok=True)
         self._manager = self._open_manager()
 
     # Checksums. They are computed by a thread of their own once Orbax has committed the folder.
@@ -159,7 +182,7 @@ class Checkpointer:
 
     def seal_finished(self) -> None:
         """Write checksums of checkpoints that have been committed since; call it now and then, it does not block."""
-        if self._manager.is_saving_in_progress() or (self._sealer and self._sealer.is_alive()):
+        if not is_lead() or self._manager.is_saving_in_progress() or (self._sealer and self._sealer.is_alive()):
             return
         steps, self._unsealed = self._unsealed, []
         if steps:
@@ -243,6 +266,10 @@ def load_params(path: str | os.PathLike, abstract: Any, step: int | None = None)
 def abstract_like(tree: Any) -> Any:
     """Shapes, dtypes and shardings of a tree of arrays."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _read_seal(path: Path) -> dict[str, list[int]] | None:

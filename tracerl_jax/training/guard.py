@@ -11,6 +11,7 @@ import numpy as np
 from tracerl_jax.diffusion.trace import Trace, broken_traces
 from tracerl_jax.errors import UserError
 from tracerl_jax.files import writing
+from tracerl_jax.parallel.distributed import is_lead
 from tracerl_jax.training.step import UpdateResult
 
 log = logging.getLogger(__name__)
@@ -50,8 +51,9 @@ class NonFiniteGuard:
         path = self.folder / f"nonfinite-{where.replace(', ', '-').replace(' ', '-')}.npz"
         leaves = jax.tree_util.tree_leaves_with_path(evidence)
         names = [jax.tree_util.keystr(key, simple=True, separator=".") for key, _ in leaves]
-        with writing(path):
-            np.savez(path, **{name: np.asarray(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)})
+        if is_lead():  # the processes of a job have the same evidence
+            with writing(path):
+                np.savez(path, **{name: np.asarray(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)})
         raise UserError(
             f"{where}: {count} updates in a row had a loss, a gradient or samples that are not finite; nothing was "
             f"changed by them. The last batch is in {path}. To go on from the last checkpoint with a lower learning "

@@ -3,11 +3,38 @@
 import contextlib
 import os
 import signal
+from collections.abc import Callable
+from typing import TypeVar
 from types import FrameType
+
+import jax
+
+from tracerl_jax.parallel import distributed, peers
+
+
+Result = TypeVar("Result")
 
 
 class Interrupted(KeyboardInterrupt):
     """Raised at a place where the state of the run is whole, after a signal asked to stop."""
+
+
+def together(
+    work: Callable[[], Result], waiting: contextlib.AbstractContextManager = contextlib.nullcontext()
+) -> list[Result]:
+    """What `work`, in which the processes of a job do not wait for each other, returns in each of them. Raises
+    Interrupted in all of them when one was interrupted. `waiting`: around the wait for the others."""
+    if not distributed.is_job():
+        return [work()]
+    try:
+        result, reason = work(), None
+    except Interrupted as interrupted:
+        result, reason = None, str(interrupted)
+    with waiting:
+        answers = peers.gather((result, reason))
+    if reasons := [reason for _, reason in answers if reason is not None]:
+        raise Interrupted(reasons[0])
+    return [result for result, _ in answers]
 
 
 class StopSignal:
@@ -19,7 +46,8 @@ class StopSignal:
     """
 
     def __init__(self):
-        self._requested: str | None = None
+        self.requested: str | None = None  # name of the signal
+        self._asked: jax.Array | None = None
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -32,14 +60,27 @@ class StopSignal:
             signal.signal(number, handler)
 
     def check(self) -> None:
-        if self._requested:
-            raise Interrupted(self._requested)
+        if self.requested:
+            raise Interrupted(self.requested)
+
+    def check_together(self) -> None:
+        """The same in all processes of a job at the same call: the one after that at which one of them had a signal.
+        The device is not waited for."""
+        if not distributed.is_job():
+            return self.check()
+        asked, self._asked = self._asked, peers.ask_any(bool(self.requested))
+        if asked is not None and bool(asked):
+            raise Interrupted(self.requested or "a signal to another process")
+
+    def request(self, name: str) -> None:
+        """What a signal of this name asks for: another process of the job has got it."""
+        self.requested = self.requested or name
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self._requested:
+        if self.requested:
             raise KeyboardInterrupt(f"second {name}")
-        self._requested = name
+        self.requested = name
         # Not `print`: the signal may have come in the middle of one, and a buffered file refuses a second writer.
         with contextlib.suppress(OSError):
             text = f"\n{name}: finishing the current phase and saving (once more stops at once)\n"

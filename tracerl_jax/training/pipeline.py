@@ -8,8 +8,12 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from tracerl_jax.config import RunConfig
+from tracerl_jax.config_io import to_dict
 from tracerl_jax.errors import CheckpointError, ConfigError
 from tracerl_jax.evals.runner import evaluate
+from tracerl_jax.parallel import watchdog
+from tracerl_jax.parallel.facts import check_alike
+from tracerl_jax.parallel.peers import from_lead
 from tracerl_jax.report.metrics import MetricLog
 from tracerl_jax.report.page import write_page
 from tracerl_jax.report.run_dir import METRICS, SUMMARY, read_json, read_jsonl
@@ -32,6 +36,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     """
     if not config.sft.steps and not config.rl.steps:
         raise ConfigError("nothing to do: sft.steps and rl.steps are both 0")
+    check_alike(to_dict(config))
     with Run(config) as run:
         learner = make_learner(run.model, config)
         sft_optimizer = make_optimizer(config.sft.optimizer, config.sft.steps)
@@ -54,10 +59,11 @@ def train(config: RunConfig) -> dict[str, Any]:
             train_rl(run, progress, learner, evaluate_policy, ahead)
         else:
             _evaluate_supervised(run, learner.policy.params, progress.sft_step, "after")
-        exported = run.export(learner.policy.params)
+        with watchdog.phase("export"):
+            exported = run.export(learner.policy.params)
         run.folder.update_summary({"hf_folder": str(exported)})
-    page = write_page(run.path)  # after the folder is closed: the page shows its final status
-    return read_json(run.path / SUMMARY) | {"page": str(page)}
+    # After the folder is closed: the page shows its final status.
+    return from_lead(lambda: {"page": str(write_page(run.path)), **read_json(run.path / SUMMARY)})
 
 
 def describe_summary(summary: dict[str, Any]) -> str:
@@ -140,7 +146,7 @@ def _keep_reference(run: Run, learner: Learner) -> None:
     if learner.reference is None:
         return
     folder = (run.path / "reference").absolute()
-    shutil.rmtree(folder, ignore_errors=True)
+    from_lead(lambda: shutil.rmtree(folder, ignore_errors=True))
     with disk_errors(folder), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder, learner.reference)
 
@@ -174,12 +180,17 @@ def _evaluate(
     ("before", "after"), the summary. The metric row comes last: a run that finds both need not evaluate again."""
     if not run.test_problems or not run.protocols:
         return
-    is_logged = any(
-        row["phase"] == "eval" and row["step"] == step and any(name.startswith(prefix) for name in row)
-        for row in read_jsonl(run.path / METRICS)
-    )
     moment = f"{prefix}{step}"  # a summary of other moments is from when the run was to be shorter or longer
-    is_summarised = role is None or read_json(run.path / SUMMARY).get("eval_moments", {}).get(role) == moment
+
+    def is_there() -> tuple[bool, bool]:
+        is_logged = any(
+            row["phase"] == "eval" and row["step"] == step and any(name.startswith(prefix) for name in row)
+            for row in read_jsonl(run.path / METRICS)
+        )
+        moments = read_json(run.path / SUMMARY).get("eval_moments", {})
+        return is_logged, role is None or moments.get(role) == moment
+
+    is_logged, is_summarised = from_lead(is_there)
     if is_logged and is_summarised:
         return
     results, metrics = {}, {}

@@ -36,10 +36,15 @@ from tracerl_jax.interop.hf_load import load_hf, stored_dtype
 from tracerl_jax.interop.hf_save import save_hf, save_model_files
 from tracerl_jax.interop.tokenizer import decode, load_tokenizer, mask_token_id, valid_vocab
 from tracerl_jax.models import PRESETS, Model
+from tracerl_jax.parallel import watchdog
+from tracerl_jax.parallel.distributed import is_lead
 from tracerl_jax.parallel.mesh import make_mesh
+from tracerl_jax.parallel.peers import from_lead
+from tracerl_jax.parallel.place import local_mesh
 from tracerl_jax.parallel.sharding import row_shards
+from tracerl_jax.report.follower import open_run_dir
 from tracerl_jax.report.metrics import MetricLog, open_log
-from tracerl_jax.report.run_dir import METRICS, SAMPLES, RunDir
+from tracerl_jax.report.run_dir import METRICS, SAMPLES
 from tracerl_jax.report.samples import decode_pieces
 from tracerl_jax.rewards import rewards_of_steps, settings, start_rewards
 from tracerl_jax.rollout.engine import Engine, EngineConfig, Request
@@ -67,7 +72,10 @@ class Progress:
 
 
 class Run:
-    """Everything the loops share. Use as a context manager; it holds the lock of the run folder."""
+    """Everything the loops share. Use as a context manager; it holds the lock of the run folder.
+
+    In a job all processes open the run. They share its folder, which process 0 alone writes but for checkpoints.
+    """
 
     def __init__(self, config: RunConfig):
         self.config = config
@@ -82,7 +90,7 @@ class Run:
             )
         self.protocols = eval_protocols(config)
         self._exit = contextlib.ExitStack()
-        self.folder = self._exit.enter_context(RunDir(self.path))
+        self.folder = self._exit.enter_context(open_run_dir(self.path))
         try:
             if self.folder.config and self._is_untouched():
                 self.folder.forget_config()
@@ -102,6 +110,8 @@ class Run:
             self.checkpointer = Checkpointer(self.path, config.checkpoint)
             self._exit.callback(self.checkpointer.close)
             self.stop = self._exit.enter_context(StopSignal())
+            faults = config.faults
+            watchdog.configure(faults.heartbeat, faults.phase_seconds, faults.phase_timeout, self.path, self.stop)
         except BaseException:
             self._exit.__exit__(*sys.exc_info())
             raise
@@ -158,7 +168,7 @@ class Run:
 
     def _load_task(self) -> Task:
         section = self.config.task
-        settings.configure(self.config.reward, self.mesh)
+        settings.configure(self.config.reward, local_mesh(self.mesh))
         spec = get_spec(section.name)
         if self.config.rl.steps and not section.path and spec.options is None:
             raise ConfigError(
@@ -198,15 +208,7 @@ class Run:
     def _open_model(self) -> Model:
         """The model description; its config and tokenizer are kept in <run>/model from the first start on."""
         section, folder = self.config.model, self.path / "model"
-        if not self.folder.config or not folder.exists():
-            with whole_folder(folder, overwrite=True) as partial:
-                if section.path is not None:
-                    model, dtype = Model(read_model_config(section.path)), stored_dtype(section.path)
-                    save_model_files(partial, model, source=section.path, dtype=dtype)
-                else:
-                    self._write_preset(partial)
-                if section.tokenizer is not None:
-                    copy_companions(section.tokenizer, partial)
+        from_lead(lambda: self._write_model(folder))
         config = read_model_config(
             folder,
             dtype=section.dtype,
@@ -217,6 +219,19 @@ class Run:
         model = Model(config, mesh=self.mesh)
         rollout_model(model, self.config.rollout.tensor)  # for its ConfigError
         return model
+
+    def _write_model(self, folder: Path) -> None:
+        if self.folder.config and folder.exists():
+            return
+        section = self.config.model
+        with whole_folder(folder, overwrite=True) as partial:
+            if section.path is not None:
+                model, dtype = Model(read_model_config(section.path)), stored_dtype(section.path)
+                save_model_files(partial, model, source=section.path, dtype=dtype)
+            else:
+                self._write_preset(partial)
+            if section.tokenizer is not None:
+                copy_companions(section.tokenizer, partial)
 
     def _open_tokenizer(self):
         """Raises ConfigError when the model has none, or one that does not go with the model."""
@@ -315,6 +330,8 @@ class Run:
         return target
 
     def open_log(self, phase: str, total_steps: int, first_step: int) -> MetricLog:
+        if not is_lead():
+            return MetricLog([], phase)
         writers = [name for name in ("tensorboard", "wandb") if getattr(self.config.report, name)]
         return open_log(self.folder, phase, total_steps=total_steps, first_step=first_step, writers=writers)
 

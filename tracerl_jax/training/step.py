@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tracerl_jax.models import Model
 from tracerl_jax.parallel.order import in_order
+from tracerl_jax.parallel.place import put
 from tracerl_jax.parallel.sharding import batch_sharding, param_shardings
 
 Pairs = dict[str, tuple[jax.Array, jax.Array]]
@@ -121,7 +123,7 @@ class Updater:
     ) -> tuple[TrainState, UpdateResult]:
         """One update. `state` is donated. Micro-batches are trees of arrays whose first axis is N (packed rows)."""
         sums = None
-        denominator = jnp.float32(denominator)
+        denominator = np.float32(denominator)
         for batch in micro_batches:
             batch = put_batch(batch, self._mesh)
             if sums is None:  # starting from zeros, so that the large program is compiled once and not twice
@@ -154,4 +156,4 @@ class Updater:
 
 def put_batch(batch: Any, mesh: Mesh | None) -> Any:
     """Host arrays to the devices, rows over the data and fsdp axes."""
-    return jax.device_put(batch, batch_sharding(mesh) if mesh is not None else None)
+    return put(batch, batch_sharding(mesh) if mesh is not None else None)

@@ -1,0 +1,68 @@
+"""Refuses a job whose processes differ: in their config, code, packages or devices. They would run different programs
+and wait for each other, or train something that nobody asked for."""
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import tracerl_jax
+from tracerl_jax.errors import ConfigError
+from tracerl_jax.parallel import distributed, peers
+from tracerl_jax.report.run_dir import ABSENT, compare_configs
+
+_REMEDIES = {
+    "config": "start all processes with the same command",
+    "code": "install the same version of tracerl_jax on all hosts",
+    "jax": "install the same packages on all hosts",
+    "python": "install the same Python on all hosts",
+    "devices": "give all processes the same devices",
+}
+
+
+def check_alike(config: Mapping[str, Any]) -> None:
+    """Raises ConfigError naming two processes and what differs, in all of them. `config`: resolved, JSON-able."""
+    if not distributed.is_job():
+        return
+    mine = json.dumps(facts(config), default=str)
+    distributed.client().key_value_set(f"tracerl/facts/{distributed.process_index()}", mine)
+    peers.from_lead(lambda: _compare(config))
+
+
+def facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "config": config,
+        "code": f"{tracerl_jax.__version__} {source_digest()}",
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+    }
+
+
+def source_digest() -> str:
+    """Of the package's source files: versions do not change with every edit."""
+    root = Path(tracerl_jax.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _compare(config: Mapping[str, Any]) -> None:
+    wait = 7 * 24 * 3600 * 1000  # the watchdog ends a process that waits for one that is gone
+    expected = json.loads(json.dumps(facts(config), default=str))
+    for index in range(1, distributed.process_count()):
+        found = json.loads(distributed.client().blocking_key_value_get(f"tracerl/facts/{index}", wait))
+        if differences := compare_configs(expected, found):
+            lines = [f"  {key}: process 0 has {_show(a)}, process {index} has {_show(b)}"
+                     for key, (a, b) in sorted(differences.items())]  # fmt: skip
+            remedies = dict.fromkeys(_REMEDIES[key.partition(".")[0]] for key in sorted(differences))
+            raise ConfigError("\n".join(["the processes of this job differ:", *lines, "; ".join(remedies)]))
+
+
+def _show(value: Any) -> str:
+    return value if value is ABSENT else json.dumps(value)

@@ -1,0 +1,90 @@
+"""What processes of a job tell each other, as Python objects. All of them make the same calls in the same order; alone,
+a process talks to itself.
+
+    from_lead(f)     process 0 calls f; its result, or its UserError, is everybody's       key-value store: small things
+    gather(x)        the list of everybody's x, by process                                 devices: as large as memory
+"""
+
+import functools
+import itertools
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tracerl_jax.errors import UserError
+from tracerl_jax.parallel import distributed
+
+Value = TypeVar("Value")
+
+_calls = itertools.count()
+_FOR_EVER_MS = 7 * 24 * 3600 * 1000  # the watchdog ends a process that waits for one that is gone
+_CHUNK = 1 << 20  # bytes of a value in the store
+_SMALLEST = 1 << 10  # bytes; what is gathered is as long as this, twice, four times ..: few programs
+
+
+def from_lead(make: Callable[[], Value]) -> Value:
+    """What `make` returns, or the UserError it raises, in process 0."""
+    if not distributed.is_job():
+        return make()
+    key, client = f"tracerl/lead/{next(_calls)}", distributed.client()
+    if distributed.is_lead():
+        error, result = None, None
+        try:
+            result = make()
+        except UserError as raised:
+            error = raised
+        data = pickle.dumps((result, error and (type(error), str(error))))
+        chunks = [data[i : i + _CHUNK] for i in range(0, len(data), _CHUNK)]
+        for i, chunk in enumerate(chunks):
+            client.key_value_set_bytes(f"{key}/{i}", chunk)
+        client.key_value_set(f"{key}/count", str(len(chunks)))
+        if error is not None:
+            raise error
+        return result
+    count = int(client.blocking_key_value_get(f"{key}/count", _FOR_EVER_MS))
+    data = b"".join(client.blocking_key_value_get_bytes(f"{key}/{i}", _FOR_EVER_MS) for i in range(count))
+    result, error = pickle.loads(data)
+    if error is not None:
+        kind, message = error
+        raise kind(message)
+    return result
+
+
+def gather(value: Value) -> list[Value]:
+    """Everybody's `value`, by process. Waits for them all."""
+    if not distributed.is_job():
+        return [value]
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = process_allgather(np.array([len(data)], np.int32)).reshape(-1)
+    room = max(_SMALLEST, 1 << int(sizes.max() - 1).bit_length())
+    rows = process_allgather(np.pad(data, (0, room - len(data))))
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def ask_any(flag: bool) -> jax.Array:
+    """[] bool, replicated: whether anybody's flag is set. Does not wait for the answer."""
+    mesh = Mesh(np.array(jax.devices()), ("devices",))
+    own = NamedSharding(mesh, PartitionSpec("devices"))
+    flags = jax.make_array_from_callback((mesh.size,), own, lambda index: np.full(mesh.size, flag)[index])
+    return _any(mesh)(flags)
+
+
+@functools.cache
+def _any(mesh: Mesh) -> Any:
+    return jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def own_share(items: Sequence[Value]) -> Sequence[Value]:
+    """The items of this process: every n-th of n processes."""
+    return items[distributed.process_index() :: distributed.process_count()]
+
+
+def interleave(shares: Sequence[Sequence[Value]]) -> list[Value]:
+    """The items that everybody's `own_share` came from, in their order."""
+    return [share[i] for i in range(max(map(len, shares), default=0)) for share in shares if i < len(share)]
