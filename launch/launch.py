@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tracerl_jax.errors import ConfigError, UserError
-from tracerl_jax.launch.cli import STATUS_INTERRUPTED, STATUS_USER_ERROR
+from tracerl_jax.launch.cli import JOINING, STATUS_INTERRUPTED, STATUS_USER_ERROR
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,6 @@ EPILOG = """examples:
   tracerl launch --processes 2 --devices_per_process 4 -- rl --config demo
   tracerl launch --max_restarts 5 -- rl --config rl_sdar_8b_math ..          (on every host of a slice)"""
 
-JOBS = ("demo", "rl", "sft", "eval")  # commands that run on several hosts
 VARIABLES = ("TRACERL_COORDINATOR", "TRACERL_PROCESSES", "TRACERL_PROCESS_ID")
 DEVICE_COUNT = "--xla_force_host_platform_device_count"
 FINAL = (STATUS_USER_ERROR, STATUS_INTERRUPTED)  # statuses of a failure that comes again, or was wanted
@@ -69,9 +68,9 @@ def run(args: argparse.Namespace) -> int:
 def checked(command: Sequence[str]) -> Sequence[str]:
     """A command line of tracerl without its first word, if it is one that can be a job."""
     first = command[0] if command else "nothing"
-    if first not in JOBS:
-        close = difflib.get_close_matches(first, JOBS, n=1)
-        remedy = f"did you mean {close[0]}?" if close else f"it is one of {', '.join(JOBS)}, without `tracerl`"
+    if first not in JOINING:
+        close = difflib.get_close_matches(first, JOINING, n=1)
+        remedy = f"did you mean {close[0]}?" if close else f"it is one of {', '.join(JOINING)}, without `tracerl`"
         raise UserError(f"{first} is no command that launch can run; {remedy}")
     return command
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tracerl_jax.launch import cli, launch
+from tracerl_jax.parallel import distributed
 
 SCRIPT = """
 import logging, sys
@@ -165,13 +166,17 @@ def test_what_a_killed_process_started_is_killed_too(tmp_path):
         ("--max_restarts -1 -- rl", "--max_restarts is -1, must be at least 0"),
         ("--grace -1 -- rl", "--grace is -1, must be at least 0"),
         ("--process 2 -- rl", "unknown flag --process; did you mean --processes?"),
-        ("-- tracerl rl", "it is one of demo, rl, sft, eval, without `tracerl`"),
+        ("-- tracerl rl", "it is one of rl, sft, eval, without `tracerl`"),
         ("-- evla", "did you mean eval?"),
     ],
 )
 def test_wrong_flags_are_named(capsys, argv, message):
     assert cli.main(["launch", *argv.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_variables_are_those_that_a_job_is_joined_by():
+    assert launch.VARIABLES == distributed.VARIABLES
 
 
 def test_a_job_inside_a_job_is_refused(capsys, monkeypatch):

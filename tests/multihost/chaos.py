@@ -21,7 +21,6 @@ round failed. Linux only.
 import argparse
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import random
@@ -46,9 +45,9 @@ STARTS = 4  # by hand, of a round
 class Job:
     """`tracerl launch` on a run folder, and the processes that it starts."""
 
-    def __init__(self, run: Path, cache: Path, options: argparse.Namespace):
-        self.run, self.log, self.token = run, run.with_name(f"{run.name}.log"), f"{os.getpid()}-{run.name}"
-        self.starts = 0
+    def __init__(self, run: Path, log: Path, cache: Path, options: argparse.Namespace):
+        self.run, self.log, self.token = run, log, f"{os.getpid()} {log.name}"
+        self.processes, self.starts = options.processes, 0
         self._launcher: subprocess.Popen | None = None
         self._command = [
             sys.executable, "-m", "tracerl_jax", "launch", f"--processes={options.processes}",
@@ -203,3 +202,226 @@ def send(job: Job, draw: random.Random, number: int, of_job: bool) -> str:
     except ProcessLookupError:
         raise TooLate from None
     return name
+
+
+def kill(job: Job, draw: random.Random, reference: Reference) -> tuple[str, bool]:
+    moment = wait_for_moment(job, draw, reference)
+    name = send(job, draw, signal.SIGKILL, of_job=True)
+    return f"{name}, {moment}", name != "launcher"
+
+
+def term(job: Job, draw: random.Random, reference: Reference) -> tuple[str, bool]:
+    moment = wait_for_moment(job, draw, reference)
+    return f"{send(job, draw, signal.SIGTERM, of_job=True)}, {moment}", False
+
+
+def stop(job: Job, draw: random.Random, reference: Reference) -> tuple[str, bool]:
+    moment = wait_for_moment(job, draw, reference)
+    return f"{send(job, draw, signal.SIGSTOP, of_job=False)}, {moment}", True
+
+
+def truncate(job: Job, draw: random.Random, reference: Reference) -> tuple[str, bool]:
+    """With two checkpoints there is one to go back to."""
+    moment = wait_for_moment(job, draw, reference, when=lambda: len(job.checkpoints()) > 1)
+    job.kill_all()
+    newest = job.checkpoints()[-1]
+    file = draw.choice(sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size))
+    size = draw.randrange(file.stat().st_size)
+    moment += f", {file.relative_to(newest.parent)} of {file.stat().st_size} bytes cut to {size}"
+    os.truncate(file, size)
+    return moment, False
+
+
+def disk(job: Job, draw: random.Random, reference: Reference) -> tuple[str, bool]:
+    moment = wait_for_moment(job, draw, reference)
+    filler = fill(job.run.parent)
+    status = job.wait()
+    filler.unlink()
+    if status == 0:
+        raise TooLate
+    said = "full" in job.log.read_text()
+    return f"{moment}, status {status}{'' if said else ', BUT NOT SAID WHY'}", False
+
+
+def fill(folder: Path) -> Path:
+    """A file that takes all the space there is."""
+    filler = folder / "filler"
+    with open(filler, "wb", buffering=0) as file:
+        for size in (1 << 20, 1 << 12, 1):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(size))
+    return filler
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int):
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    subprocess.run(mount, check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+FAULTS = {"kill": kill, "term": term, "stop": stop, "truncate": truncate, "disk": disk}
+
+
+# What must hold in the end
+
+
+def problems_of(job: Job, reference: Reference) -> list[str]:
+    found = [f"{name} differ" for name, read in CONTENTS.items() if read(job.run) != read(reference.run)]
+    if read_json(job.run / "summary.json").get("status") != "finished":
+        found.append("summary.json does not say finished")
+    found += [f"{path.relative_to(job.run)} is left" for path in job.run.rglob("*") if is_unfinished(path)]
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        if not (job.run / name).read_bytes().endswith(b"\n"):
+            found.append(f"{name} has a torn line")
+    sealed = {path.stem for path in (job.run / "checksums").glob("*.json")}
+    if sealed != {path.name for path in job.checkpoints()}:
+        found.append(f"checksums of {sorted(sealed)} for checkpoints {[path.name for path in job.checkpoints()]}")
+    if left := wait_until_gone(job.token):
+        found.append(f"processes {left} are left")
+        job.kill_all()
+    return found
+
+
+def metric_rows(run: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: x for name, x in row.items() if not any(time in name for time in TIMES)} for row in rows]
+
+
+CONTENTS = {
+    "metrics": metric_rows,
+    "samples": lambda run: (run / "samples.jsonl").read_bytes(),
+    "evaluations": lambda run: read_json(run / "summary.json").get("eval"),
+    "weights": lambda run: (run / "hf" / "model.safetensors").read_bytes(),
+}
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def is_unfinished(path: Path) -> bool:
+    return path.suffix in (".new", ".partial", ".replaced") or "tmp" in path.name
+
+
+def wait_until_gone(token: str, seconds: float = 5.0) -> list[int]:
+    until = time.monotonic() + seconds
+    while (left := marked(token)) and time.monotonic() < until:
+        time.sleep(0.1)
+    return left
+
+
+# Rounds
+
+
+@dataclasses.dataclass
+class Outcome:
+    fault: str
+    what: str
+    starts: int
+    seconds: float
+    problems: list[str]
+
+
+def run_round(fault: str, draw: random.Random, job: Job, reference: Reference) -> Outcome:
+    """Raises TooLate when the job came to its end first."""
+    start = time.monotonic()
+    job.start()
+    try:
+        what, alone = FAULTS[fault](job, draw, reference)
+    except TooLate:
+        job.kill_all()
+        raise
+    problems = ["the cause is not said"] if "BUT NOT" in what else []
+    while status := job.wait():
+        if alone or job.starts == STARTS:
+            problems.append(f"status {status} at start {job.starts}")
+            break
+        job.start()
+    if status is None:
+        problems.append(f"no end within {LONGEST:g} s")
+    if not problems:
+        problems = problems_of(job, reference)
+    job.kill_all()
+    return Outcome(fault, what, job.starts, time.monotonic() - start, problems)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default=",".join(FAULTS), help="faults, in turn (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--devices_per_process", type=int, default=2)
+    parser.add_argument("--work", type=Path, help="folder for runs and logs, kept (default: a temporary one)")
+    options = parser.parse_args()
+    faults = options.only.split(",")
+    if unknown := [name for name in faults if name not in FAULTS]:
+        parser.error(f"no fault {unknown[0]}; there are {', '.join(FAULTS)}")
+    if "disk" in faults and os.geteuid():
+        parser.error("the fault `disk` needs root: leave it out with --only kill,term,stop,truncate")
+    with contextlib.ExitStack() as stack:
+        work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
+        outcomes = run_rounds(options, faults, work.absolute())
+    print_table(outcomes, faults)
+    return int(any(outcome.problems for outcome in outcomes))
+
+
+def run_rounds(options: argparse.Namespace, faults: list[str], work: Path) -> list[Outcome]:
+    work.mkdir(parents=True, exist_ok=True)
+    first = run_undisturbed(Job(work / "compiled", work / "compiled.log", work / "cache", options))
+    reference = run_undisturbed(Job(work / "undisturbed", work / "undisturbed.log", work / "cache", options))
+    if different := [name for name, read in CONTENTS.items() if read(first.run) != read(reference.run)]:
+        raise SystemExit(f"two undisturbed runs differ in their {' and '.join(different)}")
+    print(f"undisturbed: {len(reference.gaps) - 1} rows, {sum(reference.gaps):.0f} s, "
+          f"{reference.bytes / 1e6:.0f} MB", flush=True)  # fmt: skip
+    outcomes, attempt = [], 0
+    while len(outcomes) < options.rounds:
+        number, fault = len(outcomes) + 1, faults[len(outcomes) % len(faults)]
+        draw = random.Random(f"{options.seed} {number} {attempt}")
+        folder = work / f"round-{number}"
+        with contextlib.ExitStack() as stack:
+            if fault == "disk":
+                stack.enter_context(small_disk(folder, 2 * reference.bytes))
+            # A process that is killed may tear what it writes into the cache: each round has its own, of links.
+            cache = work / f"cache-{number}"
+            shutil.copytree(work / "cache", cache, copy_function=os.link)
+            stack.callback(shutil.rmtree, cache)
+            job = Job(folder / "run", work / f"round-{number}.log", cache, options)
+            try:
+                outcome = run_round(fault, draw, job, reference)
+            except TooLate:
+                attempt += 1
+                outcome = None
+            if outcome is not None:
+                outcomes.append(outcome)
+                print_line(number, outcome)
+                attempt = 0
+        if outcome is None or not outcome.problems:
+            shutil.rmtree(folder)
+    return outcomes
+
+
+def print_line(number: int, outcome: Outcome) -> None:
+    result = "; ".join(outcome.problems) or "identical"
+    print(f"{number:3} {outcome.fault:9} {outcome.seconds:5.0f} s, {outcome.starts} starts by hand: {result} "
+          f"({outcome.what})", flush=True)  # fmt: skip
+
+
+def print_table(outcomes: list[Outcome], faults: list[str]) -> None:
+    print("\n| fault | rounds | identical | seconds, median |\n|---|---|---|---|")
+    for fault in dict.fromkeys(faults):
+        some = [outcome for outcome in outcomes if outcome.fault == fault]
+        if some:
+            good = sum(not outcome.problems for outcome in some)
+            seconds = statistics.median(outcome.seconds for outcome in some)
+            print(f"| {fault} | {len(some)} | {good} | {seconds:.0f} |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

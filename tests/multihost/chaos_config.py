@@ -21,6 +21,7 @@ CHANGES = {
     "rl": {"steps": 6, "row_length": 128, "rows_per_device": 1, "accuracy_low": 0.0, "accuracy_high": 1.0},
     "eval": {"every": 2, "strategies": ["dynamic"]},
     "checkpoint": {"every": 1, "sft_every": 2},
+    "faults": {"heartbeat": 20.0},
 }  # fmt: skip
 
 
@@ -32,5 +33,5 @@ def high_digits(prompts, completions, **columns):
 def get_config():
     config = demo.get_config()
     for section, values in CHANGES.items():
-        config[section].update(values)
+        config[section] = {**config.get(section, {}), **values}
     return config
