@@ -21,6 +21,7 @@ round failed. Linux only.
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -164,18 +165,20 @@ def run_undisturbed(job: Job) -> Reference:
     if job.wait():
         raise SystemExit(f"the undisturbed run failed:\n{job.log.read_text()[-3000:]}")
     moments = [start, *times, time.monotonic()]
-    return Reference(job.run, [b - a for a, b in zip(moments, moments[1:], strict=False)])
+    return Reference(job.run, [b - a for a, b in itertools.pairwise(moments)])
 
 
-# Faults: each waits for its moment and does it; returns (what it did, to be shown, and whether the launcher has to bring
-# the run to its end alone). Raises TooLate when the job has ended before.
+# Faults: each waits for its moment and does it; returns (what it did, to be shown, and whether the launcher has to
+# bring the run to its end alone). Raises TooLate when the job has ended before.
 
 
 class TooLate(Exception):
     pass
 
 
-def wait_for_moment(job: Job, draw: random.Random, reference: Reference, when: Callable[[], bool] = lambda: True) -> str:
+def wait_for_moment(
+    job: Job, draw: random.Random, reference: Reference, when: Callable[[], bool] = lambda: True
+) -> str:
     """Until a random row of the metrics is written and, if it was not so before, `when()` holds, then a random part of
     the time to the next row."""
     row = draw.randrange(len(reference.gaps))

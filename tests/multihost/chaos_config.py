@@ -13,14 +13,14 @@ CHANGES = {
         "rewards": {"high_digits": 1.0},
         "options": {"min_operands": 2, "max_operands": 2, "digits": 1, "train_count": 40, "test_count": 8},
     },
-    "sft": {"steps": 4, "sequences_per_update": 8, "row_length": 128, "rows_per_device": 1, "log_every": 1},
+    "sft": {"steps": 2, "sequences_per_update": 8, "row_length": 128, "rows_per_device": 1, "log_every": 1},
     "rollout": {
         "prompts_per_step": 4, "samples_per_prompt": 4, "slots_per_device": 4, "max_tokens": 8,
         "truncated_is_wrong": False,
     },
-    "rl": {"steps": 6, "row_length": 128, "rows_per_device": 1, "accuracy_low": 0.0, "accuracy_high": 1.0},
+    "rl": {"steps": 4, "row_length": 128, "rows_per_device": 1, "accuracy_low": 0.0, "accuracy_high": 1.0},
     "eval": {"every": 2, "strategies": ["dynamic"]},
-    "checkpoint": {"every": 1, "sft_every": 2},
+    "checkpoint": {"every": 1, "sft_every": 1},
     "faults": {"heartbeat": 20.0},
 }  # fmt: skip
 
