@@ -65,12 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tracerl_jax.evals.items import Items, ResultsFolder
+    from tracerl_jax.evals.items import Items, ResultsFolder, ShareOfItems
     from tracerl_jax.evals.manifest import make_manifest
     from tracerl_jax.evals.runner import evaluate, protocol, samples_of
     from tracerl_jax.interop.tokenizer import decode
     from tracerl_jax.launch.common import apply_reward_settings, engine_config
-    from tracerl_jax.parallel.distributed import is_lead
+    from tracerl_jax.parallel.distributed import is_lead, process_index
     from tracerl_jax.parallel.facts import check_alike
     from tracerl_jax.rewards import start_rewards
     from tracerl_jax.rollout.folder import load_weights, open_engine
@@ -105,7 +105,11 @@ def run(args: argparse.Namespace) -> int:
         load_weights(engine, args.model)
         for name, task in tasks.items():
             for strategy, options in strategies.items():
-                items = folder.items(name, strategy) if folder else Items()
+                items = Items()
+                if folder:
+                    items = folder.items(name, strategy)
+                elif args.output:
+                    items = ShareOfItems(args.output, name, strategy, process_index())
                 total = len(problems[name]) * samples_of(options, samples[name])
                 result = evaluate(
                     engine, problems[name], task.rewards, task.accuracy_reward, options=options,

@@ -36,15 +36,14 @@ class Engine:
             yield SimpleNamespace(problem=int(request.prompt_ids[0]), index=request.sample_index, ids=[1])
 
 
-def judge_traces(run, chosen, traces):
-    per = run.config.rollout.samples_per_prompt
-    assert [trace.problem for trace in traces] == [i for i in chosen for _ in range(per)]
+def judge_traces(run, problems, groups, traces):
+    assert [trace.problem for trace in traces] == [problem.index for problem in problems]
     values = {NEVER: 0.0, ALWAYS: 1.0, SILENT: float("nan")}
     samples = []
     for number, trace in enumerate(traces):
         correct = values.get(difficulty(trace.problem), float(trace.index % 2))
         samples.append(
-            Sample(run.train_problems[trace.problem], trace, "", number // per, correct, {}, correct)
+            Sample(run.train_problems[trace.problem], trace, "", groups[number], correct, {}, correct)
         )
     return samples
 

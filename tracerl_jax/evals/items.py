@@ -3,6 +3,7 @@
     DIR/
       manifest.json                    what determines the results: model files, rows, options, versions
       items/<task>.<strategy>.jsonl    finished items, in the order they finished
+      items/<task>.<strategy>.process-<i>.jsonl     those of another process of a job, until they are exchanged
       times.json                       {task: {strategy: [[seconds decoding, seconds in all], ..]}}, one entry a start
       results.json                     {task: {strategy: EvalResult.summary() and .speed()}} of what is finished
       lock                             held by the process that writes the folder
@@ -56,8 +57,28 @@ class Items:
     def add(self, rows: Sequence[Row]) -> None:
         self.rows += rows
 
+    def receive(self, process: int, rows: Sequence[Row]) -> None:
+        """What another process of the job has done."""
+        self.rows += rows
+
     def end(self) -> None:
         """Nothing is left to do."""
+
+
+class ShareOfItems(Items):
+    """Items of a process that is not the lead of its job: on disk for the next start, should this one be killed."""
+
+    def __init__(self, path: str | os.PathLike, task: str, strategy: str, process: int):
+        self._path = _path_of(Path(path), task, strategy, process)
+        super().__init__()
+
+    def add(self, rows: Sequence[Row]) -> None:
+        append_jsonl(self._path, rows)
+        super().add(rows)
+
+
+def _path_of(folder: Path, task: str, strategy: str, process: int | str = 0) -> Path:
+    return folder / ITEMS / (f"{task}.{strategy}.process-{process}.jsonl" if process else f"{task}.{strategy}.jsonl")
 
 
 class StoredItems(Items):
@@ -65,10 +86,12 @@ class StoredItems(Items):
 
     def __init__(self, folder: "ResultsFolder", task: str, strategy: str):
         self._folder, self._task, self._strategy = folder, task, strategy
-        self._path = folder.path / ITEMS / f"{task}.{strategy}.jsonl"
+        self._path = _path_of(folder.path, task, strategy)
         self._written = -math.inf
         cut_torn_line(self._path)
         super().__init__(read_jsonl(self._path), [Seconds(*pair) for pair in folder.times(task, strategy)])
+        for path in sorted(self._path.parent.glob(_path_of(folder.path, task, strategy, "*").name)):
+            self._take_over(path, list(read_jsonl(path)))
 
     def clock(self, **passed: float) -> None:
         super().clock(**passed)
@@ -79,6 +102,15 @@ class StoredItems(Items):
     def add(self, rows: Sequence[Row]) -> None:
         append_jsonl(self._path, rows)
         super().add(rows)
+
+    def receive(self, process: int, rows: Sequence[Row]) -> None:
+        self._take_over(_path_of(self._folder.path, self._task, self._strategy, process), rows)
+
+    def _take_over(self, path: Path, rows: Sequence[Row]) -> None:
+        """A kill may come behind the first line: what is in both files counts once."""
+        known = {(row["index"], row["sample_index"]) for row in self.rows}
+        self.add([row for row in rows if (row["index"], row["sample_index"]) not in known])
+        path.unlink(missing_ok=True)
 
     def end(self) -> None:
         self._folder.write_times(self._task, self._strategy, self.seconds)

@@ -148,7 +148,7 @@ def evaluate(
 
     for index, rows in enumerate(together(work)):
         if index != distributed.process_index():
-            items.add(rows)
+            items.receive(index, rows)
     return summarise(items, k, accuracy_reward)
 
 

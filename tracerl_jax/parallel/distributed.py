@@ -84,7 +84,8 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
             raise UserError(f"{where}: the job cannot be joined: {str(error).splitlines()[0]}") from error
     if is_job():
         watchdog.start(client(), process_index(), process_count())
-        log.info("job of %d processes, %d devices", process_count(), jax.device_count())
+        if is_lead():
+            log.info("job of %d processes, %d devices", process_count(), jax.device_count())
 
 
 def client() -> Any:

@@ -1,0 +1,142 @@
+"""Jobs of real processes on this machine, which meet over loopback. As a script: one process of one.
+
+python jobs.py COMMAND..       tracerl COMMAND.. with the rewards and presets of tiny_runs, compiled without optimisations
+
+TEST_SPOIL=i                   process i finds a NaN in its part of the first policy update's advantages
+TEST_DIE=module:function:n     it kills itself behind that call of the function, which may be a method: Class.method
+TEST_STOP=module:function:n    the same with SIGTERM to itself; TEST_FREEZE: with SIGSTOP
+TEST_PROCESS=i                 of the process that the three above are for
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE.parent / "training"))
+
+
+@dataclass
+class Ended:
+    status: int
+    output: str  # stdout and stderr
+
+
+class Job:
+    """Processes that form one job, each with `devices` virtual devices. Use as a context manager: none is left behind.
+
+    `command`: arguments of this interpreter. `own`: {process: further arguments}; `environment`: of all.
+    """
+
+    def __init__(
+        self, folder: Path, processes: int, devices: int, command: Sequence[str], *,
+        own: Mapping[int, Sequence[str]] = {}, environment: Mapping[str, str] = {},
+    ):  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        address = f"127.0.0.1:{free_port()}"
+        self._outputs = [folder / f"output-{i}.txt" for i in range(processes)]
+        self.processes = []
+        for i, output in enumerate(self._outputs):
+            variables = os.environ | {
+                "TRACERL_COORDINATOR": address, "TRACERL_PROCESSES": str(processes), "TRACERL_PROCESS_ID": str(i),
+                "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                "PYTHONPATH": str(ROOT), **environment,
+            }  # fmt: skip
+            with output.open("w") as file:
+                words = [sys.executable, *command, *own.get(i, ())]
+                self.processes.append(subprocess.Popen(words, env=variables, stdout=file, stderr=subprocess.STDOUT))
+
+    def wait(self, timeout: float = 500) -> list[Ended]:
+        statuses = [process.wait(timeout) for process in self.processes]
+        return [Ended(status, path.read_text()) for status, path in zip(statuses, self._outputs, strict=True)]
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def tracerl(folder: Path, processes: int, devices: int, words: Sequence[str], **more) -> list[Ended]:
+    """`tracerl WORDS..` as a job, to its end."""
+    with Job(folder, processes, devices, [__file__, *words], **more) as job:
+        return job.wait()
+
+
+def succeed(ended: Sequence[Ended]) -> None:
+    assert [process.status for process in ended] == [0] * len(ended), "\n".join(p.output[-4000:] for p in ended)
+
+
+def _at(moment: str, act) -> None:
+    """Has `act` called behind the n-th call of a function: "module:function:n"."""
+    import functools
+    import importlib
+
+    module, name, number = moment.split(":")
+    owner = importlib.import_module(module)
+    *path, name = name.split(".")
+    owner = functools.reduce(getattr, path, owner)
+    original, calls = getattr(owner, name), []
+
+    @functools.wraps(original)
+    def wrapped(*args, **kwargs):
+        result = original(*args, **kwargs)
+        calls.append(name)
+        if len(calls) == int(number):
+            act()
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def _spoil() -> None:
+    """NaN in the advantages of the first batch that has any."""
+    import numpy as np
+
+    from tracerl_jax.training import step
+
+    put, spoiled = step.put, []
+
+    def spoiling(batch, shardings):
+        if "advantages" in batch and not spoiled:
+            spoiled.append(True)
+            batch = {**batch, "advantages": np.full_like(batch["advantages"], np.nan)}
+        return put(batch, shardings)
+
+    step.put = spoiling
+
+
+def _main() -> int:
+    import jax
+    import tiny_runs
+
+    tiny_runs.PRESETS["one_layer"] = tiny_runs.PRESETS["tiny_run"].replace(num_layers=1)
+    jax.config.update("jax_disable_most_optimizations", True)
+    process = os.environ.get("TRACERL_PROCESS_ID")
+    if os.environ.get("TEST_SPOIL") == process:
+        _spoil()
+    signals = {"TEST_DIE": signal.SIGKILL, "TEST_STOP": signal.SIGTERM, "TEST_FREEZE": signal.SIGSTOP}
+    for variable, number in signals.items():
+        if variable in os.environ and os.environ["TEST_PROCESS"] == process:
+            _at(os.environ[variable], lambda number=number: os.kill(os.getpid(), number))
+    from tracerl_jax.launch.cli import main
+
+    return main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

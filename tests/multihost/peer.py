@@ -1,0 +1,81 @@
+"""A process that joins a job and does what its first argument says, without model or training."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from tracerl_jax.errors import ConfigError
+from tracerl_jax.launch.job import in_job, join
+from tracerl_jax.parallel import distributed, peers, watchdog
+from tracerl_jax.training.interrupt import StopSignal
+
+
+def talk() -> int:
+    """Everything that processes say to each other."""
+    join()
+    me, n = distributed.process_index(), distributed.process_count()
+    assert peers.from_lead(lambda: ("from", me)) == ("from", 0)
+    big = {"text": "x" * (3 << 20)}  # several pieces of the store
+    assert peers.from_lead(lambda: big) == big
+    assert peers.gather("y" * (me * 5000)) == ["y" * (i * 5000) for i in range(n)]
+    items = list(range(7))
+    shares = peers.gather(peers.own_share(items))
+    assert peers.interleave(shares) == items and [len(share) for share in shares] == [4, 3]
+
+    def refuse() -> None:
+        raise ConfigError("no, thanks")
+
+    try:
+        peers.from_lead(refuse)
+    except ConfigError as error:
+        assert str(error) == "no, thanks"
+    else:
+        raise AssertionError("the lead's error is everybody's")
+    stop = StopSignal()
+    if me == 1:
+        stop.requested = "SIGTERM"
+    stop.check_together()
+    try:
+        stop.check_together()
+    except KeyboardInterrupt:
+        print("agreed")
+    return 0
+
+
+def lose(heartbeat: str, victim: str, folder: str) -> int:
+    """One process dies while the others wait for it."""
+    join()
+    watchdog.configure(float(heartbeat), 600.0, {}, Path(folder), StopSignal())
+    peers.gather(0)
+    if distributed.process_index() == int(victim):
+        os.kill(os.getpid(), 9)
+    peers.gather(0)
+    return 0
+
+
+def hang(folder: str) -> int:
+    """Process 1 lives but never comes: the phase of process 0 is too long."""
+    join()
+    watchdog.configure(60.0, 600.0, {"update_policy": 2.0}, Path(folder), StopSignal())
+    peers.gather(0)
+    if distributed.process_index() == 1:
+        while True:
+            time.sleep(1)
+    with watchdog.phase("update_policy"):
+        peers.gather(0)
+    return 0
+
+
+def differ() -> int:
+    """One process fails alone."""
+    join()
+    if distributed.process_index() == 1:
+        raise ValueError("only here")
+    peers.gather(0)
+    return 0
+
+
+if __name__ == "__main__":
+    name, *arguments = sys.argv[1:]
+    sys.exit(in_job(lambda: globals()[name](*arguments)))

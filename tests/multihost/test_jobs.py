@@ -1,0 +1,117 @@
+"""Several processes train as one does, and refuse what cannot work; a dead one is noticed. (Longer ones: test_pods.)"""
+
+import json
+import time
+from pathlib import Path
+
+import jobs
+import pytest
+from jobs import Job, succeed, tracerl
+from tiny_runs import config_file, metric_rows, newest_checkpoint
+
+from tracerl_jax.errors import ConfigError, UserError
+from tracerl_jax.parallel import distributed
+from tracerl_jax.report.run_dir import read_jsonl
+
+PEER = str(Path(jobs.__file__).with_name("peer.py"))
+SMALL = {
+    "model__preset": "one_layer", "sft__steps": 0, "eval__strategies": [], "checkpoint__every": 1,
+    "rollout__max_tokens": 4,
+}  # fmt: skip
+
+
+def same_samples(run: Path, other: Path) -> None:
+    keys = ("step", "ids", "step_map", "tail_ids", "tail_step_map", "sample_index", "prompt")
+    mine, others = ([{k: row[k] for k in keys} for row in read_jsonl(p / "samples.jsonl")] for p in (run, other))
+    assert mine == others and mine
+
+
+def same_metrics(run: Path, other: Path, tolerance: float = 1e-5) -> None:
+    mine, others = metric_rows(run), metric_rows(other)
+    assert [(row["phase"], row["step"]) for row in mine] == [(row["phase"], row["step"]) for row in others]
+    for row, expected in zip(mine, others, strict=True):
+        numbers = {name: value for name, value in expected.items() if name not in ("phase", "step")}
+        assert {name: row[name] for name in numbers} == pytest.approx(numbers, rel=tolerance, abs=tolerance, nan_ok=True)
+
+
+def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(tmp_path):
+    """2 x 2 (processes x devices), then 1 x 4 from its checkpoint, are 1 x 4 from the start."""
+    config = config_file(tmp_path / "config.py", **SMALL)
+    command = ["rl", "--config", config]
+    together = [jobs.__file__, *command, "--config.name=two", "--config.rl.steps=2"]
+    alone = [jobs.__file__, *command, "--config.name=one", "--config.rl.steps=3"]
+    with Job(tmp_path / "2x2", 2, 2, together) as two, Job(tmp_path / "1x4", 1, 4, alone) as one:
+        ended = two.wait()
+        succeed(ended)
+        assert "rl 2/2" in ended[0].output and "rl 2/2" not in ended[1].output
+        succeed(tracerl(tmp_path / "resume", 1, 4, [*command, "--config.name=two", "--config.rl.steps=3"]))
+        succeed(one.wait())
+    assert newest_checkpoint(tmp_path / "two") == 3
+    assert [row["step"] for row in metric_rows(tmp_path / "two") if row["phase"] == "rl"] == [1, 2, 3]
+    same_samples(tmp_path / "two", tmp_path / "one")
+    same_metrics(tmp_path / "two", tmp_path / "one")
+    assert any(row["policy/grad_norm"] > 0 for row in metric_rows(tmp_path / "two"))
+    assert json.loads((tmp_path / "two" / "checksums" / "2.json").read_text())  # sealed by the job's lead
+
+
+def test_processes_with_different_configs_refuse_and_name_both(tmp_path):
+    config = config_file(tmp_path / "config.py", **SMALL)
+    ended = tracerl(tmp_path, 2, 1, ["rl", "--config", config], own={1: ["--config.seed=7"]})
+    assert [process.status for process in ended] == [2, 2]
+    for process in ended:
+        assert "config.seed: process 0 has 0, process 1 has 7" in process.output
+        assert "Traceback" not in process.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_processes_tell_each_other(tmp_path):
+    with Job(tmp_path, 2, 1, [PEER, "talk"]) as job:
+        ended = job.wait()
+    succeed(ended)
+    assert all("agreed" in process.output for process in ended)
+
+
+def test_a_dead_process_ends_the_others(tmp_path):
+    with Job(tmp_path, 2, 1, [PEER, "lose", "3", "1", str(tmp_path)]) as job:
+        ended = job.wait()
+    assert [process.status for process in ended] == [distributed.STATUS_PEER_LOST, -9], ended[0].output
+    assert "process 1 has given no sign of life for 3 s" in ended[0].output
+    stacks = (tmp_path / "stacks-process-0.txt").read_text()
+    assert "no sign of life" in stacks and "gather" in stacks
+
+
+def test_a_coordinator_that_cannot_be_reached_is_named():
+    address = f"127.0.0.1:{jobs.free_port()}"
+    environment = {
+        "TRACERL_COORDINATOR": address, "TRACERL_PROCESSES": "2", "TRACERL_PROCESS_ID": "1",
+        "TRACERL_CONNECT_TIMEOUT": "0.5",
+    }  # fmt: skip
+    start = time.monotonic()
+    with pytest.raises(UserError, match=rf"coordinator {address}: cannot be reached within 0\.5 s .*process 0"):
+        distributed.start(environment)
+    assert time.monotonic() - start < 60
+
+
+GOOD = {"TRACERL_COORDINATOR": "host:1", "TRACERL_PROCESSES": "2", "TRACERL_PROCESS_ID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"TRACERL_PROCESS_ID": ""}, "TRACERL_COORDINATOR is set, but TRACERL_PROCESS_ID is not"),
+        ({"TRACERL_COORDINATOR": "", "TRACERL_PROCESS_ID": ""}, "TRACERL_COORDINATOR and TRACERL_PROCESS_ID are not"),
+        ({"TRACERL_COORDINATOR": "host"}, "TRACERL_COORDINATOR is 'host', must be HOST:PORT"),
+        ({"TRACERL_PROCESSES": "many"}, "TRACERL_PROCESSES is 'many', must be a number"),
+        ({"TRACERL_PROCESS_ID": "2"}, "TRACERL_PROCESS_ID is 2, must be from 0 to TRACERL_PROCESSES - 1 = 1"),
+        ({"TRACERL_CONNECT_TIMEOUT": "soon"}, "TRACERL_CONNECT_TIMEOUT is 'soon'"),
+    ],
+)
+def test_variables_that_make_no_job_are_named(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        distributed.start(GOOD | changes)
+
+
+def test_one_process_is_no_job():
+    for environment in ({}, {"TRACERL_PROCESSES": "1"}, GOOD | {"TRACERL_PROCESSES": "1"}):
+        distributed.start(environment)
+        assert not distributed.is_job() and distributed.is_lead()
