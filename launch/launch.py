@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--processes", type=int, default=1, metavar="N", help="of the job on this machine (default: %(default)s)")
     flag("--devices_per_process", type=int, metavar="M", help="use this many virtual CPU devices (default: real ones)")
     flag("--max_restarts", type=int, default=0, metavar="K", help="starts after the first one (default: %(default)s)")
-    flag("--grace", type=float, default=60.0, metavar="SECONDS",
+    flag("--grace", type=float, default=90.0, metavar="SECONDS",
          help="for the others when one has failed (default: %(default)g)")  # fmt: skip
     parser.takes_command = True
 
@@ -77,7 +77,7 @@ def checked(command: Sequence[str]) -> Sequence[str]:
 
 def run_job(
     command: Sequence[str], *, processes: int = 1, devices_per_process: int | None = None, max_restarts: int = 0,
-    grace: float = 60.0,
+    grace: float = 90.0,
 ) -> int:
     """Runs `command` in `processes` processes until all have ended, and again if that is worth it. Call it in the main
     thread. Returns the exit status of the last start: 0, or that of the process that failed first.

@@ -192,4 +192,4 @@ def test_the_command_is_taken_as_it_is(monkeypatch):
     assert cli.main(["launch", *argv.split()]) == 0
     ((command, options),) = calls
     assert command[3:] == ["rl", "--config", "demo", "--config.rl.steps=3", "--max_restarts", "--", "4"]
-    assert options == {"processes": 2, "devices_per_process": None, "max_restarts": 3, "grace": 60.0}
+    assert options == {"processes": 2, "devices_per_process": None, "max_restarts": 3, "grace": 90.0}

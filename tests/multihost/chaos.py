@@ -40,6 +40,7 @@ CONFIG = Path(__file__).with_name("chaos_config.py")
 TOKEN = "TRACERL_CHAOS"  # variable of every process that a round starts
 TIMES = ("seconds", "per_second", "tokens/s", "mfu", "memory")  # in the names of metrics that differ between equal runs
 LONGEST = 600.0  # seconds until a job that does not end is given up
+PATIENCE = 5.0  # seconds that processes have to be gone behind their launcher
 STARTS = 4  # by hand, of a round
 
 
@@ -52,11 +53,12 @@ class Job:
         self._launcher: subprocess.Popen | None = None
         self._command = [
             sys.executable, "-m", "tracerl_jax", "launch", f"--processes={options.processes}",
-            f"--devices_per_process={options.devices_per_process}", "--max_restarts=3", "--grace=30", "--",
+            f"--devices_per_process={options.devices_per_process}", "--max_restarts=3", "--grace=40", "--",
             "rl", f"--config={CONFIG}", f"--config.runs_dir={run.parent}", f"--config.name={run.name}",
         ]  # fmt: skip
         self._environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
             TOKEN: self.token,
+            "TRACERL_CONNECT_TIMEOUT": "90",
             "PYTHONPATH": str(ROOT),
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -309,11 +311,11 @@ def read_json(path: Path) -> dict:
 
 
 def is_unfinished(path: Path) -> bool:
-    return path.suffix in (".new", ".partial", ".replaced") or "tmp" in path.name
+    return path.suffix in (".new", ".partial", ".replaced") or "-tmp" in path.name
 
 
-def wait_until_gone(token: str, seconds: float = 5.0) -> list[int]:
-    until = time.monotonic() + seconds
+def wait_until_gone(token: str) -> list[int]:
+    until = time.monotonic() + PATIENCE
     while (left := marked(token)) and time.monotonic() < until:
         time.sleep(0.1)
     return left

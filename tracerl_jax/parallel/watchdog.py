@@ -217,11 +217,11 @@ def _on_abort(act) -> None:
 
 @contextlib.contextmanager
 def instead_of_abort(message: str) -> Iterator[None]:
-    """An abort() inside becomes an error of the user's with this message."""
+    """An abort() inside becomes a PeerError with this message, as the command line shows it."""
 
     def act() -> NoReturn:
         os.write(2, f"tracerl: error: {message}\n".encode())
-        os._exit(STATUS_USER_ERROR)
+        os._exit(STATUS_PEER_LOST)
 
     _on_abort(act)
     yield
