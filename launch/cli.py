@@ -59,29 +59,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status. What a user can cause is one line on stderr, not a traceback."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in JOINING:
-        return _main(argv)
+        return _main(argv)[0]
     from tracerl_jax.launch.job import in_job
 
     return in_job(lambda: _main(argv))
 
 
-def _main(argv: list[str]) -> int:
+def _main(argv: list[str]) -> tuple[int, BaseException | None]:
+    """The exit status, and the error it is for."""
     try:
         status = _dispatch(argv)
         sys.stdout.flush()
-        return status
+        return status, None
     except UserError as error:
-        return _fail(str(error), error.status)
+        return _fail(str(error), error.status), error
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit raises again
-            return STATUS_BROKEN_PIPE
+            return STATUS_BROKEN_PIPE, error
         if error.errno != errno.ENOSPC:
             raise
-        return _fail(f"disk full while writing {error.filename or 'a file'}: free some space and run the command again")
-    except KeyboardInterrupt:
+        message = f"disk full while writing {error.filename or 'a file'}: free some space and run the command again"
+        return _fail(message), error
+    except KeyboardInterrupt as error:
         print("\ntracerl: interrupted", file=sys.stderr)
-        return STATUS_INTERRUPTED
+        return STATUS_INTERRUPTED, error
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -1,21 +1,24 @@
-"""How a command joins a job of several processes and leaves it, whatever happens."""
+"""How a command joins a job of several processes and leaves it, whatever happens. Imports nothing heavy by itself."""
 
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Callable
 
-import jax
-
-from tracerl_jax.parallel import distributed, watchdog
-
 STATUS_FAILED = 1
+
+_joined = False
 
 
 def join() -> None:
     """Joins the job that the environment describes, if any. Only its process 0 reports progress; the others warn."""
+    global _joined
+    from tracerl_jax.parallel import distributed
+
     distributed.start()
-    if distributed.is_job():
+    _joined = distributed.is_job()
+    if _joined:
         index = distributed.process_index()
         for handler in logging.getLogger().handlers:
             handler.setFormatter(logging.Formatter(f"%(asctime)s [process {index}] %(message)s", "%H:%M:%S"))
@@ -23,34 +26,48 @@ def join() -> None:
             logging.getLogger("tracerl_jax").setLevel(logging.WARNING)
 
 
-def in_job(command: Callable[[], int]) -> int:
-    """Runs a command and returns its exit status. In a job, returns when all processes have ended theirs; a process
-    that ends otherwise than the others takes them with it, see `watchdog`."""
+def in_job(command: Callable[[], tuple[int, BaseException | None]]) -> int:
+    """Runs a command, which gives its exit status and the error it is for, and returns the status.
+
+    In a job, returns when all processes have ended theirs. A process that fails takes the others with it, see
+    `parallel/watchdog.py`.
+    """
     try:
-        status = command()
-    except Exception as error:
-        if not distributed.is_job():
-            raise
-        traceback.print_exc()
-        sys.stderr.flush()
-        if _is_consequence(error):
-            watchdog.await_verdict()
-        distributed.give_up(STATUS_FAILED, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-    if not distributed.is_job():
-        return status
-    if status in (0, watchdog.STATUS_INTERRUPTED):
-        try:
-            distributed.end()
-        except jax.errors.JaxRuntimeError:  # not all of them were interrupted
-            distributed.give_up(status or watchdog.STATUS_PEER_LOST, "not all processes came to the end")
-        return status
-    distributed.give_up(status, "ended by an error, see its message")
+        status, error = command()
+    except Exception as failure:
+        if _joined:
+            traceback.print_exc()
+            sys.stderr.flush()
+            _fail(failure)
+        raise
+    if _joined:
+        _leave(status, error)
+    return status
+
+
+def _leave(status: int, error: BaseException | None) -> None:
+    from tracerl_jax.parallel import distributed
+    from tracerl_jax.training.interrupt import Interrupted
+
+    if error is None or isinstance(error, Interrupted):  # all processes come here
+        distributed.end()
+    else:
+        distributed.give_up(status, str(error) or type(error).__name__)
+
+
+def _fail(error: Exception) -> None:
+    from tracerl_jax.parallel import distributed, watchdog
+
+    if _is_consequence(error):
+        watchdog.await_verdict()
+    distributed.give_up(STATUS_FAILED, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
 
 def _is_consequence(error: BaseException | None) -> bool:
-    """Whether the error may come from a collective that another process has left."""
+    """Whether the error may come from a collective that another process has left: XLA's errors begin with a status such
+    as "UNAVAILABLE: ", and are of several types."""
     while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if re.match("[A-Z_]{5,}: ", str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

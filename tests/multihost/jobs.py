@@ -1,6 +1,6 @@
 """Jobs of real processes on this machine, which meet over loopback. As a script: one process of one.
 
-python jobs.py COMMAND..       tracerl COMMAND.. with the rewards and presets of tiny_runs, compiled without optimisations
+python jobs.py COMMAND..       tracerl COMMAND.. with the rewards and presets of tiny_runs, compiled quickly
 
 TEST_SPOIL=i                   process i finds a NaN in its part of the first policy update's advantages
 TEST_DIE=module:function:n     it kills itself behind that call of the function, which may be a method: Class.method

@@ -11,7 +11,7 @@ from tracerl_jax.parallel import distributed, peers, watchdog
 from tracerl_jax.training.interrupt import StopSignal
 
 
-def talk() -> int:
+def talk() -> None:
     """Everything that processes say to each other."""
     join()
     me, n = distributed.process_index(), distributed.process_count()
@@ -40,10 +40,9 @@ def talk() -> int:
         stop.check_together()
     except KeyboardInterrupt:
         print("agreed")
-    return 0
 
 
-def lose(heartbeat: str, victim: str, folder: str) -> int:
+def lose(heartbeat: str, victim: str, folder: str) -> None:
     """One process dies while the others wait for it."""
     join()
     watchdog.configure(float(heartbeat), 600.0, {}, Path(folder), StopSignal())
@@ -51,10 +50,9 @@ def lose(heartbeat: str, victim: str, folder: str) -> int:
     if distributed.process_index() == int(victim):
         os.kill(os.getpid(), 9)
     peers.gather(0)
-    return 0
 
 
-def hang(folder: str) -> int:
+def hang(folder: str) -> None:
     """Process 1 lives but never comes: the phase of process 0 is too long."""
     join()
     watchdog.configure(60.0, 600.0, {"update_policy": 2.0}, Path(folder), StopSignal())
@@ -64,18 +62,16 @@ def hang(folder: str) -> int:
             time.sleep(1)
     with watchdog.phase("update_policy"):
         peers.gather(0)
-    return 0
 
 
-def differ() -> int:
+def differ() -> None:
     """One process fails alone."""
     join()
     if distributed.process_index() == 1:
         raise ValueError("only here")
     peers.gather(0)
-    return 0
 
 
 if __name__ == "__main__":
     name, *arguments = sys.argv[1:]
-    sys.exit(in_job(lambda: globals()[name](*arguments)))
+    sys.exit(in_job(lambda: (globals()[name](*arguments) or 0, None)))

@@ -31,7 +31,8 @@ def same_metrics(run: Path, other: Path, tolerance: float = 1e-5) -> None:
     assert [(row["phase"], row["step"]) for row in mine] == [(row["phase"], row["step"]) for row in others]
     for row, expected in zip(mine, others, strict=True):
         numbers = {name: value for name, value in expected.items() if name not in ("phase", "step")}
-        assert {name: row[name] for name in numbers} == pytest.approx(numbers, rel=tolerance, abs=tolerance, nan_ok=True)
+        close = pytest.approx(numbers, rel=tolerance, abs=tolerance, nan_ok=True)
+        assert {name: row[name] for name in numbers} == close
 
 
 def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(tmp_path):

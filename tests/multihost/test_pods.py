@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 WHOLE = {
     "model__preset": "one_layer", "sft__steps": 2, "rl__steps": 3, "value__enabled": True, "rl__kl_to": "reference",
-    "rl__minibatches": 2, "eval__every": 1, "checkpoint__every": 1, "faults__heartbeat": 15.0,
+    "rl__minibatches": 2, "eval__every": 1, "checkpoint__every": 1, "faults__heartbeat": 30.0,
 }  # fmt: skip
 
 
@@ -93,7 +93,6 @@ def test_a_checkpoint_goes_on_with_other_meshes_and_other_numbers_of_processes(t
 
 MOMENTS = {
     "in the warm-up": "tracerl_jax.training.step:Updater.update:2",
-    "in a rollout": "tracerl_jax.rollout.engine:Engine.step:0",
     "while saving": "tracerl_jax.training.checkpoint:Checkpointer.save:3",
     "in an update": "tracerl_jax.rl.update:Learner.update_policy:3",
 }
@@ -121,7 +120,7 @@ def test_a_stopped_process_is_noticed(tmp_path):
     with Job(tmp_path / "out", 2, 2, [jobs.__file__, *command(tmp_path, "run")], environment=environment) as job:
         assert job.processes[0].wait(500) == STATUS_PEER_LOST
         output = (tmp_path / "out" / "output-0.txt").read_text()
-    assert "process 1 has given no sign of life for 15 s" in output
+    assert "process 1 has given no sign of life for 30 s" in output
 
 
 @pytest.mark.parametrize("moment", ["in the warm-up", "in an update"])

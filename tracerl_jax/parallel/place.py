@@ -31,7 +31,8 @@ def put(tree: Any, shardings: Any) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-    """Arrays to the host, all of each. Of global arrays that are split, one after the other is on every device whole."""
+    """Arrays to the host, all of each. Those that are split over processes are whole on every device meanwhile, one
+    after the other."""
     return jax.device_get(jax.tree.map(_whole, tree) if distributed.is_job() else tree)
 
 

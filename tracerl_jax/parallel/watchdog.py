@@ -46,7 +46,7 @@ class Stoppable(Protocol):
 
 class _Watchdog:
     def __init__(self, client: Any, index: int, count: int):
-        self.client, self.index, self.count = client, index, count
+        self.client, self.index, self._next = client, index, (index + 1) % count
         self.heartbeat = HEARTBEAT_SECONDS
         self.default_limit, self.limits = PHASE_SECONDS, {}
         self.folder: Path | None = None
@@ -76,7 +76,7 @@ class _Watchdog:
                 self.client.key_value_set(f"tracerl/beat/{self.index}", str(beat), allow_overwrite=True)
                 self._answered = time.monotonic()
                 self._read_notices()
-                counter = self.client.key_value_try_get(f"tracerl/beat/{(self.index + 1) % self.count}")
+                counter = self.client.key_value_try_get(f"tracerl/beat/{self._next}")
                 if counter != self._last:
                     self._last, self._moved = counter, time.monotonic()
 
@@ -101,8 +101,8 @@ class _Watchdog:
                 self.fail(f"process 0, which holds the coordinator, has not answered for {self.heartbeat:g} s: it was "
                           "killed or stopped, or its host is gone", tell=False)  # fmt: skip
             if now - self._moved > self.heartbeat:
-                self.fail(f"process {(self.index + 1) % self.count} has given no sign of life for {self.heartbeat:g} s: "
-                          "it was killed or stopped, or its host is gone")  # fmt: skip
+                self.fail(f"process {self._next} has given no sign of life for {self.heartbeat:g} s: it was killed or "
+                          "stopped, or its host is gone")  # fmt: skip
             for name, since in list(self.phases):
                 limit = self.limits.get(name, self.default_limit)
                 if now - since > limit:
@@ -156,7 +156,8 @@ def start(client: Any, index: int, count: int) -> None:
     """`client`: of the job's key-value store."""
     global _watchdog
     _watchdog = _Watchdog(client, index, count)
-    _on_abort(lambda: _watchdog.fail("process 0, which holds the coordinator, is gone", tell=False))
+    reason = "JAX ended the job: process 0, which holds the coordinator, is gone, or a process was started again"
+    _on_abort(lambda: _watchdog.fail(reason, tell=False))
 
 
 def configure(

@@ -12,10 +12,9 @@ from tracerl_jax.report.run_dir import Row, RunDir
 class Follower:
     """A `RunDir` that writes nothing and knows no config."""
 
-    config: Row = {}
-
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
+        self.config: Row = {}
 
     def write_config(self, config: Mapping[str, Any], **options: Any) -> dict[str, tuple]:
         return {}

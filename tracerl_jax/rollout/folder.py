@@ -22,7 +22,8 @@ def open_engine(folder: str | os.PathLike, config: EngineConfig, dtype: str = "f
     The engine has no weights yet, which may take minutes to read: check the requests, then `load_weights`.
     Raises CheckpointError for a folder that is none, ConfigError for a model that cannot be decoded.
     """
-    model = Model(read_model_config(folder, dtype=dtype, param_dtype=dtype), mesh=make_mesh(devices=jax.local_devices()))
+    config_of_model = read_model_config(folder, dtype=dtype, param_dtype=dtype)
+    model = Model(config_of_model, mesh=make_mesh(devices=jax.local_devices()))
     tokenizer = load_tokenizer(folder)
     valid = valid_vocab(tokenizer, model.config.vocab_size)
     return Engine(model, None, dataclasses.replace(config, valid_vocab=valid)), tokenizer

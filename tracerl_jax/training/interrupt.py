@@ -4,13 +4,12 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable
-from typing import TypeVar
 from types import FrameType
+from typing import TypeVar
 
 import jax
 
 from tracerl_jax.parallel import distributed, peers
-
 
 Result = TypeVar("Result")
 
@@ -20,7 +19,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def together(
-    work: Callable[[], Result], waiting: contextlib.AbstractContextManager = contextlib.nullcontext()
+    work: Callable[[], Result], waiting: contextlib.AbstractContextManager | None = None
 ) -> list[Result]:
     """What `work`, in which the processes of a job do not wait for each other, returns in each of them. Raises
     Interrupted in all of them when one was interrupted. `waiting`: around the wait for the others."""
@@ -30,7 +29,7 @@ def together(
         result, reason = work(), None
     except Interrupted as interrupted:
         result, reason = None, str(interrupted)
-    with waiting:
+    with waiting or contextlib.nullcontext():
         answers = peers.gather((result, reason))
     if reasons := [reason for _, reason in answers if reason is not None]:
         raise Interrupted(reasons[0])

@@ -298,7 +298,8 @@ class Run:
         return Engine(model, params, engine_config(section, slots, valid))
 
     def watch(self, traces: Iterable[Trace]) -> Iterator[Trace]:
-        """Passes traces on; raises Interrupted between them when a signal asked to stop."""
+        """Passes traces on; raises Interrupted before the first and between them when a signal asked to stop."""
+        self.stop.check()
         for trace in traces:
             self.stop.check()
             yield trace
