@@ -364,8 +364,7 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(FAULTS), help="faults, in turn (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--devices_per_process", type=int, default=2)
-    parser.add_argument("--work", type=Path,
-                        help="folder for runs, logs and compiled programs, kept (default: a temporary one)")  # fmt: skip
+    parser.add_argument("--work", type=Path, help="folder for runs, logs and compiled programs (default: temporary)")
     options = parser.parse_args()
     faults = options.only.split(",")
     if unknown := [name for name in faults if name not in FAULTS]:
