@@ -3,7 +3,14 @@
 Everything that has a state of its own takes part: warm-up, policy and value model with their optimizers, two updates a
 step, evaluation between steps, a checkpoint after each step. The reward likes high digits: a model that has learnt
 nothing gets rewards that differ, so that every step updates.
+
+JAX writes compiled programs to its cache in process 0 only, and the others would compile theirs, of their own devices,
+at every start: most of what a round takes.
 """
+
+import types
+
+from jax._src import compiler, distributed
 
 from tracerl_jax.configs import demo
 from tracerl_jax.rewards import register_reward
@@ -23,6 +30,11 @@ CHANGES = {
     "checkpoint": {"every": 1, "sft_every": 1},
     "faults": {"heartbeat": 20.0},
 }  # fmt: skip
+
+
+compiler.distributed = types.SimpleNamespace(global_state=types.SimpleNamespace(
+    client=distributed.global_state.client, process_id=0
+))  # fmt: skip
 
 
 @register_reward("high_digits")
