@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in JOINING:
         return _main(argv)[0]
-    from tracerl_jax.launch.job import in_job
+    from tracerl_jax.parallel.job import in_job
 
     return in_job(lambda: _main(argv))
 
@@ -106,7 +106,7 @@ def _dispatch(argv: list[str]) -> int:
     args = parser.parse(rest)
     set_up_logging()
     if command in JOINING:
-        from tracerl_jax.launch.job import join
+        from tracerl_jax.parallel.job import join
 
         join()
     return module.run(args)

@@ -77,7 +77,7 @@ def test_every_config_fits_the_schema_and_says_what_it_is_for(name):
 
 
 def test_every_module_of_launch_is_a_command():
-    assert {file.stem for file in python_files("launch")} - {"cli", "common", "job"} == set(COMMANDS)
+    assert {file.stem for file in python_files("launch")} - {"cli", "common"} == set(COMMANDS)
 
 
 @pytest.mark.skipif(not README.exists(), reason="no README.md")

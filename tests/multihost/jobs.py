@@ -6,6 +6,7 @@ TEST_SPOIL=i                   process i finds a NaN in its part of the first po
 TEST_DIE=module:function:n     it kills itself behind that call of the function, which may be a method: Class.method
 TEST_STOP=module:function:n    the same with SIGTERM to itself; TEST_FREEZE: with SIGSTOP
 TEST_PROCESS=i                 of the process that the three above are for
+TEST_COMPILED=folder           compiled programs of earlier jobs; default: a folder of this session
 """
 
 import os
@@ -13,10 +14,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+_COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE.parent / "training"))
@@ -46,13 +49,14 @@ class Job:
             variables = os.environ | {
                 "TRACERL_COORDINATOR": address, "TRACERL_PROCESSES": str(processes), "TRACERL_PROCESS_ID": str(i),
                 "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-                "PYTHONPATH": str(ROOT), **environment,
+                "PYTHONPATH": str(ROOT), "TEST_COMPILED": os.environ.get("TEST_COMPILED", _COMPILED.name),
+                **environment,
             }  # fmt: skip
             with output.open("w") as file:
                 words = [sys.executable, *command, *own.get(i, ())]
                 self.processes.append(subprocess.Popen(words, env=variables, stdout=file, stderr=subprocess.STDOUT))
 
-    def wait(self, timeout: float = 500) -> list[Ended]:
+    def wait(self, timeout: float = 1500) -> list[Ended]:
         statuses = [process.wait(timeout) for process in self.processes]
         return [Ended(status, path.read_text()) for status, path in zip(statuses, self._outputs, strict=True)]
 
@@ -126,6 +130,9 @@ def _main() -> int:
 
     tiny_runs.PRESETS["one_layer"] = tiny_runs.PRESETS["tiny_run"].replace(num_layers=1)
     jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_compilation_cache_dir", os.environ["TEST_COMPILED"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     process = os.environ.get("TRACERL_PROCESS_ID")
     if os.environ.get("TEST_SPOIL") == process:
         _spoil()

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 from tracerl_jax.errors import ConfigError
-from tracerl_jax.launch.job import in_job, join
 from tracerl_jax.parallel import distributed, peers, watchdog
+from tracerl_jax.parallel.job import in_job, join
 from tracerl_jax.training.interrupt import StopSignal
 
 

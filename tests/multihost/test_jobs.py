@@ -78,7 +78,7 @@ def test_a_dead_process_ends_the_others(tmp_path):
     assert [process.status for process in ended] == [distributed.STATUS_PEER_LOST, -9], ended[0].output
     assert "process 1 has given no sign of life for 3 s" in ended[0].output
     stacks = (tmp_path / "stacks-process-0.txt").read_text()
-    assert "no sign of life" in stacks and "gather" in stacks
+    assert "no sign of life" in stacks and "peer.py" in stacks
 
 
 def test_a_coordinator_that_cannot_be_reached_is_named():

@@ -118,7 +118,7 @@ def test_a_killed_process_ends_all_and_the_same_command_ends_with_the_same_bits(
 def test_a_stopped_process_is_noticed(tmp_path):
     environment = {"TEST_FREEZE": MOMENTS["in an update"], "TEST_PROCESS": "1"}
     with Job(tmp_path / "out", 2, 2, [jobs.__file__, *command(tmp_path, "run")], environment=environment) as job:
-        assert job.processes[0].wait(500) == STATUS_PEER_LOST
+        assert job.processes[0].wait(1500) == STATUS_PEER_LOST
         output = (tmp_path / "out" / "output-0.txt").read_text()
     assert "process 1 has given no sign of life for 30 s" in output
 

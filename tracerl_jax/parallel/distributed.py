@@ -81,7 +81,8 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
                 heartbeat_timeout_seconds=JAX_HEARTBEAT_SECONDS,
             )  # fmt: skip
         except (RuntimeError, ValueError) as error:
-            raise PeerError(f"{where}: the job cannot be joined: {str(error).splitlines()[0]}") from error
+            raise PeerError(f"{where}: the job cannot be joined ({str(error).splitlines()[0]}): is the port "
+                            "free on the host of process 0, and does an older job run there?") from error
     if is_job():
         watchdog.start(client(), process_index(), process_count())
         if is_lead():

@@ -4,13 +4,12 @@ import dataclasses
 import os
 from typing import Any
 
-import jax
-
 from tracerl_jax.interop.hf_config import read_model_config
 from tracerl_jax.interop.hf_load import load_hf
 from tracerl_jax.interop.tokenizer import load_tokenizer, valid_vocab
 from tracerl_jax.models import Model
 from tracerl_jax.parallel.mesh import make_mesh
+from tracerl_jax.parallel.place import local_mesh
 from tracerl_jax.rollout.engine import Engine
 from tracerl_jax.rollout.options import EngineConfig
 
@@ -22,8 +21,7 @@ def open_engine(folder: str | os.PathLike, config: EngineConfig, dtype: str = "f
     The engine has no weights yet, which may take minutes to read: check the requests, then `load_weights`.
     Raises CheckpointError for a folder that is none, ConfigError for a model that cannot be decoded.
     """
-    config_of_model = read_model_config(folder, dtype=dtype, param_dtype=dtype)
-    model = Model(config_of_model, mesh=make_mesh(devices=jax.local_devices()))
+    model = Model(read_model_config(folder, dtype=dtype, param_dtype=dtype), mesh=local_mesh(make_mesh()))
     tokenizer = load_tokenizer(folder)
     valid = valid_vocab(tokenizer, model.config.vocab_size)
     return Engine(model, None, dataclasses.replace(config, valid_vocab=valid)), tokenizer

@@ -37,7 +37,7 @@ from tracerl_jax.interop.hf_save import save_hf, save_model_files
 from tracerl_jax.interop.tokenizer import decode, load_tokenizer, mask_token_id, valid_vocab
 from tracerl_jax.models import PRESETS, Model
 from tracerl_jax.parallel import watchdog
-from tracerl_jax.parallel.distributed import is_lead
+from tracerl_jax.parallel.distributed import is_lead, process_index
 from tracerl_jax.parallel.mesh import make_mesh
 from tracerl_jax.parallel.peers import from_lead
 from tracerl_jax.parallel.place import local_mesh
@@ -209,6 +209,11 @@ class Run:
         """The model description; its config and tokenizer are kept in <run>/model from the first start on."""
         section, folder = self.config.model, self.path / "model"
         from_lead(lambda: self._write_model(folder))
+        if not folder.exists():
+            raise ConfigError(
+                f"{folder}: written by process 0, and process {process_index()} does not see it: set runs_dir to a "
+                "folder that all hosts of a job share"
+            )
         config = read_model_config(
             folder,
             dtype=section.dtype,
