@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -189,7 +190,7 @@ def wait_for_moment(
     while job.rows() < row or not when():
         if not job.is_running:
             raise TooLate
-        time.sleep(0.01)
+        time.sleep(0.03)
     time.sleep(delay)
     if not job.is_running:
         raise TooLate
@@ -202,7 +203,7 @@ def send(job: Job, draw: random.Random, number: int, of_job: bool) -> str:
     while name not in (found := job.victims()):
         if not job.is_running:
             raise TooLate
-        time.sleep(0.01)
+        time.sleep(0.03)
     try:
         os.kill(found[name], number)
     except ProcessLookupError:
@@ -362,9 +363,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default=",".join(FAULTS), help="faults, in turn (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="rounds at a time (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--devices_per_process", type=int, default=2)
-    parser.add_argument("--work", type=Path, help="folder for runs, logs and compiled programs (default: temporary)")
+    parser.add_argument("--work", type=Path, help="folder for logs, failed runs and compiled programs")
     options = parser.parse_args()
     faults = options.only.split(",")
     if unknown := [name for name in faults if name not in FAULTS]:
@@ -382,34 +384,40 @@ def run_rounds(options: argparse.Namespace, faults: list[str], work: Path) -> li
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "cache").exists():  # compile, so that the time of the next run is what a round takes
         run_undisturbed(Job(work / "compiled", work / "compiled.log", work / "cache", options))
+    shutil.rmtree(work / "undisturbed", ignore_errors=True)
     reference = run_undisturbed(Job(work / "undisturbed", work / "undisturbed.log", work / "cache", options))
     print(f"undisturbed: {len(reference.gaps) - 1} rows, {sum(reference.gaps):.0f} s, "
           f"{reference.bytes / 1e6:.0f} MB", flush=True)  # fmt: skip
-    outcomes, attempt = [], 0
-    while len(outcomes) < options.rounds:
-        number, fault = len(outcomes) + 1, faults[len(outcomes) % len(faults)]
-        draw = random.Random(f"{options.seed} {number} {attempt}")
-        folder = work / f"round-{number}"
-        with contextlib.ExitStack() as stack:
-            if fault == "disk":
-                stack.enter_context(small_disk(folder, 2 * reference.bytes))
-            # A process that is killed may tear what it writes into the cache: each round has its own, of links.
-            cache = work / f"cache-{number}"
-            shutil.copytree(work / "cache", cache, copy_function=os.link)
-            stack.callback(shutil.rmtree, cache)
-            job = Job(folder / "run", work / f"round-{number}.log", cache, options)
-            try:
-                outcome = run_round(fault, draw, job, reference)
-            except TooLate:
-                attempt += 1
-                outcome = None
-            if outcome is not None:
-                outcomes.append(outcome)
-                print_line(number, outcome)
-                attempt = 0
-        if outcome is None or not outcome.problems:
-            shutil.rmtree(folder)
-    return outcomes
+
+    def finish_round(number: int) -> Outcome:
+        for attempt in itertools.count():
+            with contextlib.suppress(TooLate):
+                return try_round(options, number, faults[(number - 1) % len(faults)], attempt, work, reference)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        return list(pool.map(finish_round, range(1, options.rounds + 1)))
+
+
+def try_round(
+    options: argparse.Namespace, number: int, fault: str, attempt: int, work: Path, reference: Reference
+) -> Outcome:
+    """A round from its folder to its line of output. Raises TooLate; what is drawn differs from attempt to attempt."""
+    folder, cache = work / f"round-{number}", work / f"cache-{number}"
+    for leftover in (folder, cache):  # of an earlier call with the same --work
+        shutil.rmtree(leftover, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        if fault == "disk":
+            stack.enter_context(small_disk(folder, 2 * reference.bytes))
+        # A process that is killed may tear what it writes into the cache: each round has its own, of links.
+        shutil.copytree(work / "cache", cache, copy_function=os.link)
+        stack.callback(shutil.rmtree, cache)
+        job = Job(folder / "run", work / f"round-{number}.log", cache, options)
+        outcome = run_round(fault, random.Random(f"{options.seed} {number} {attempt}"), job, reference)
+        if outcome.problems and options.work:
+            shutil.copytree(job.run, work / f"failed-{number}")
+    print_line(number, outcome)
+    return outcome
 
 
 def print_line(number: int, outcome: Outcome) -> None:
