@@ -9,6 +9,8 @@ TEST_PROCESS=i                 of the process that the three above are for
 TEST_COMPILED=folder           compiled programs of earlier jobs; default: a folder of this session
 """
 
+import functools
+import importlib
 import os
 import signal
 import socket
@@ -19,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE.parent / "training"))
@@ -49,7 +50,7 @@ class Job:
             variables = os.environ | {
                 "TRACERL_COORDINATOR": address, "TRACERL_PROCESSES": str(processes), "TRACERL_PROCESS_ID": str(i),
                 "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-                "PYTHONPATH": str(ROOT), "TEST_COMPILED": os.environ.get("TEST_COMPILED", _COMPILED.name),
+                "PYTHONPATH": str(ROOT), "TEST_COMPILED": compiled(),
                 **environment,
             }  # fmt: skip
             with output.open("w") as file:
@@ -67,6 +68,15 @@ class Job:
         for process in self.processes:
             process.kill()
             process.wait()
+
+
+@functools.cache
+def _folder_of_session() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="compiled-")
+
+
+def compiled() -> str:
+    return os.environ.get("TEST_COMPILED") or _folder_of_session().name
 
 
 def free_port() -> int:
@@ -87,9 +97,6 @@ def succeed(ended: Sequence[Ended]) -> None:
 
 def _at(moment: str, act) -> None:
     """Has `act` called behind the n-th call of a function: "module:function:n"."""
-    import functools
-    import importlib
-
     module, name, number = moment.split(":")
     owner = importlib.import_module(module)
     *path, name = name.split(".")

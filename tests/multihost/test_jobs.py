@@ -112,7 +112,11 @@ def test_variables_that_make_no_job_are_named(changes, message):
         distributed.start(GOOD | changes)
 
 
-def test_one_process_is_no_job():
-    for environment in ({}, {"TRACERL_PROCESSES": "1"}, GOOD | {"TRACERL_PROCESSES": "1"}):
+def test_one_process_is_no_job(monkeypatch):
+    shell = {"JOB_ID": "7", "STEP_NODELIST": "n1", "STEP_NUM_TASKS": "1", "LOCALID": "0", "NTASKS": "8", "PROCID": "0"}
+    slurm = {f"SLURM_{name}": value for name, value in shell.items()} | {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)  # where JAX looks: the shell of a job of 8 tasks, in a pod
+    for environment in (slurm, {"TRACERL_PROCESSES": "1"}, GOOD | {"TRACERL_PROCESSES": "1"}):
         distributed.start(environment)
         assert not distributed.is_job() and distributed.is_lead()

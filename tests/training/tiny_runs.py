@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -162,10 +163,18 @@ def saved_state(run: Path) -> tuple[dict[str, np.ndarray], dict]:
     leaves = {}
     for item in ("params", "value", "train"):
         if (folder / item).exists():
-            tree = ocp.StandardCheckpointer().restore(folder / item)
+            tree = read_whatever_saved_it(folder / item)
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
                 leaves[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
     return leaves, json.loads((folder / "data" / "metadata").read_text())
+
+
+def read_whatever_saved_it(folder: Path) -> Any:
+    """The arrays of a checkpoint's item on the host, also of a job whose devices are not here."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        known = checkpointer.metadata(folder).item_metadata.tree
+        to_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), known)
+        return checkpointer.restore(folder, restore_args=to_host)
 
 
 def assert_same_run(run: Path, expected: Path) -> None:

@@ -61,7 +61,7 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
     timeout = _number(environment, CONNECT_TIMEOUT, "300")
     given = _given(environment)
     if given is None:
-        if environment.get("TRACERL_PROCESSES") == "1" or not _is_cluster():
+        if environment.get("TRACERL_PROCESSES") == "1" or not _is_cluster(environment):
             return
         given = {}
     elif given["process_id"]:
@@ -137,14 +137,25 @@ def _number(environment: Mapping[str, str], name: str, default: str = "") -> flo
         raise ConfigError(f"{name} is {environment.get(name)!r}, must be a number") from None
 
 
-def _is_cluster() -> bool:
+def _is_cluster(environment: Mapping[str, str]) -> bool:
     """Whether JAX would find several processes around this one. Asks no network on a machine that is no TPU host."""
     from jax._src.clusters import ClusterEnv  # what `jax.distributed.initialize` asks
 
     for cluster in ClusterEnv._cluster_types:
-        by_request = cluster.opt_in_only_method or (cluster.name == "k8s" and "JOB_COMPLETION_INDEX" not in os.environ)
-        if not by_request and cluster.is_env_present():
-            return cluster.get_process_count() > 1
+        name = cluster.__name__
+        if (
+            cluster.opt_in_only_method
+            or (name == "K8sCluster" and "JOB_COMPLETION_INDEX" not in environment)  # a pod, but of no indexed job
+            or (name == "SlurmCluster" and environment.get("SLURM_STEP_NUM_TASKS") == "1")  # the shell of a larger job
+            or ("Tpu" in name and environment.get("JAX_PLATFORMS") == "cpu")
+        ):
+            continue
+        try:
+            if cluster.is_env_present():
+                return cluster.get_process_count() > 1
+        except Exception as error:  # a metadata server that does not answer, say
+            log.warning("this may be one of several processes (%s), which cannot be found out (%r): it goes on alone; "
+                        "%s would tell", name, error, ", ".join(VARIABLES))  # fmt: skip
     return False
 
 

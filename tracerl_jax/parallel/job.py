@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 
 STATUS_FAILED = 1
+_STATUSES = "(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): "
 
 _joined = False
 
@@ -58,16 +59,18 @@ def _leave(status: int, error: BaseException | None) -> None:
 def _fail(error: Exception) -> None:
     from tracerl_jax.parallel import distributed, watchdog
 
+    status = STATUS_FAILED
     if _is_consequence(error):
         watchdog.await_verdict()
-    distributed.give_up(STATUS_FAILED, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        status = watchdog.STATUS_PEER_LOST  # nobody is dead: a connection broke
+    distributed.give_up(status, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
 
 def _is_consequence(error: BaseException | None) -> bool:
-    """Whether the error may come from a collective that another process has left: XLA's errors begin with a status such
-    as "UNAVAILABLE: ", and are of several types."""
+    """Whether the error may come from a collective that another process has left: XLA's errors begin with a status and
+    are of several types."""
     while error is not None:
-        if re.match("[A-Z_]{5,}: ", str(error)):
+        if re.match(_STATUSES, str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -61,10 +61,38 @@ def gather(value: Value) -> list[Value]:
     if not distributed.is_job():
         return [value]
     data = np.frombuffer(pickle.dumps(value), np.uint8)
+    meet()  # they may come minutes apart, which collectives of some devices do not like
     sizes = process_allgather(np.array([len(data)], np.int32)).reshape(-1)
     room = max(_SMALLEST, 1 << int(sizes.max() - 1).bit_length())
     rows = process_allgather(np.pad(data, (0, room - len(data))))
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def meet() -> None:
+    """Waits until everybody has come here; the devices do not notice."""
+    if distributed.is_job():
+        distributed.client().wait_at_barrier(f"tracerl/meet/{next(_calls)}", _FOR_EVER_MS)
+
+
+def connect(mesh: Mesh) -> None:
+    """Has the devices along every combination of the mesh's axes talk to each other once. On CPUs, they must do so for
+    the first time within 30 seconds; compiling, for which programs wait otherwise, may take longer."""
+    if not distributed.is_job():
+        return
+    groups = [group for n in range(1, 1 + len(mesh.axis_names)) for group in itertools.combinations(mesh.axis_names, n)]
+
+    everywhere = PartitionSpec(mesh.axis_names)
+    own = NamedSharding(mesh, everywhere)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
+    def sums(x: jax.Array) -> jax.Array:
+        return sum(jax.lax.psum(x, group) for group in groups)
+
+    ones = jax.make_array_from_callback((mesh.size,), own, lambda index: np.ones(mesh.size, np.float32)[index])
+    program = jax.jit(sums).lower(ones).compile()
+    meet()
+    program(ones).block_until_ready()
+    gather(None)  # has groups of its own, which Orbax uses too
 
 
 def ask_any(flag: bool) -> jax.Array:

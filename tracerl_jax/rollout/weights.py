@@ -50,7 +50,7 @@ def rollout_params(model: Model, params: Params, own: bool = False) -> Params:
 
     `own`: in arrays of their own, for decoding while updates that donate `params` run.
     """
-    if is_job():
+    if is_job() and not jax.tree.leaves(params)[0].is_fully_addressable:  # of the training mesh
         return replicas(cast(model, params), param_shardings(model, model.mesh))
     if own:
         return snapshot(model, params)

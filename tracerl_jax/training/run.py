@@ -39,7 +39,7 @@ from tracerl_jax.models import PRESETS, Model
 from tracerl_jax.parallel import watchdog
 from tracerl_jax.parallel.distributed import is_lead, process_index
 from tracerl_jax.parallel.mesh import make_mesh
-from tracerl_jax.parallel.peers import from_lead
+from tracerl_jax.parallel.peers import connect, from_lead
 from tracerl_jax.parallel.place import local_mesh
 from tracerl_jax.parallel.sharding import row_shards
 from tracerl_jax.report.follower import open_run_dir
@@ -96,6 +96,7 @@ class Run:
                 self.folder.forget_config()
             if self.folder.config:
                 self._write_config()
+            connect(self.mesh)
             self.task = self._load_task()
             self.model = self._open_model()
             config.check_states(self.model.config.block_size)
