@@ -38,7 +38,8 @@ setup(
     license_files=["LICENSE"],
     packages=packages,
     package_dir={f"tracerl_jax.{folder}": folder for folder in NESTED},
-    package_data={f"tracerl_jax.{folder}": ["*.html", "*.css", "*.js"] for folder in ("report", "serve")},
+    package_data={f"tracerl_jax.{folder}": ["*.html", "*.css", "*.js"] for folder in ("report", "serve")}
+    | {"tracerl_jax.launch": ["*.sh", "*.sbatch", "*.yaml"]},
     python_requires=">=3.11",
     # Plain jax: the accelerator is the user's choice (extras below), and lower bounds only.
     install_requires=[

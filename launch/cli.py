@@ -34,6 +34,7 @@ COMMANDS = {
     "convert": "Hugging Face folder to Orbax checkpoint and back",
     "plan": "will a config fit a TPU slice or GPUs, and how fast: no accelerator needed",
     "report": "one HTML page with the curves and samples of a run",
+    "launch": "a job of several processes, restarted when it fails",
     "doctor": "versions, devices, known-bad combinations and their fixes",
 }
 
@@ -71,7 +72,7 @@ def _main(argv: list[str]) -> tuple[int, BaseException | None]:
         sys.stdout.flush()
         return status, None
     except UserError as error:
-        return _fail(str(error)), error
+        return _fail(str(error), error.status), error
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit raises again
@@ -132,9 +133,9 @@ def set_up_logging() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": we never use it
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: int = STATUS_USER_ERROR) -> int:
     """Report the error being handled without its traceback, unless TRACERL_DEBUG asks for it."""
     if os.environ.get("TRACERL_DEBUG"):
         logging.exception("traceback of the error below")
     print(f"tracerl: error: {message}", file=sys.stderr)
-    return STATUS_USER_ERROR
+    return status

@@ -32,9 +32,16 @@ class CommandParser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self.config_flags: list[str] = []  # --config.KEY of every key, filled by add_config_arguments
+        self.takes_command = False  # whether a command line of tracerl follows behind "--"
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse; `args.overrides` holds the `--config.KEY=VALUE` flags in order."""
+        """Parse; `args.overrides` holds the `--config.KEY=VALUE` flags in order, and `args.command` what stands behind
+        "--", if the parser takes a command."""
+        command: list[str] = []
+        if self.takes_command:
+            argv, dashes, command = _split_at_dashes(argv)
+            if not dashes and not {"-h", "--help"} & set(argv):
+                self.error(f"what shall run? It follows two dashes: {self.prog} .. -- rl --config demo")
         argv, overrides = split_overrides(argv)
         for word in argv:  # before argparse says that the flag which was meant is missing
             flag = word.partition("=")[0]
@@ -48,7 +55,7 @@ class CommandParser(argparse.ArgumentParser):
             self.error(f"unknown flag {flags[0]}{self._suggest(flags[0])}")
         if unknown:
             self.error(f"unexpected argument {unknown[0]}")
-        args.overrides = overrides
+        args.overrides, args.command = overrides, command
         return args
 
     def error(self, message: str) -> NoReturn:
@@ -60,6 +67,12 @@ class CommandParser(argparse.ArgumentParser):
         same_key = [known for known in self.config_flags if known.endswith(f".{name}")]
         close = same_key or difflib.get_close_matches(flag, own + self.config_flags, n=1)
         return "; did you mean " + " or ".join(close[:3]) + "?" if close else ""
+
+
+def _split_at_dashes(argv: Sequence[str]) -> tuple[list[str], bool, list[str]]:
+    """What stands before the first "--", whether there is one, and what stands behind it."""
+    at = list(argv).index("--") if "--" in argv else len(argv)
+    return list(argv[:at]), at < len(argv), list(argv[at + 1 :])
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

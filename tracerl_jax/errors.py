@@ -2,7 +2,9 @@
 
 
 class UserError(Exception):
-    """Base class; the command line prints the message without a traceback and exits with status 2."""
+    """Base class; the command line prints the message without a traceback and exits with `status`."""
+
+    status = 2
 
 
 class ConfigError(UserError):
@@ -15,3 +17,9 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint or model folder is missing, damaged or does not fit."""
+
+
+class PeerError(UserError):
+    """The processes of a job did not find each other: one may have died meanwhile, so that a restart is worthwhile."""
+
+    status = 76

@@ -9,7 +9,7 @@ import pytest
 from jobs import Job, succeed, tracerl
 from tiny_runs import config_file, metric_rows, newest_checkpoint
 
-from tracerl_jax.errors import ConfigError, UserError
+from tracerl_jax.errors import ConfigError, PeerError
 from tracerl_jax.parallel import distributed
 from tracerl_jax.report.run_dir import read_jsonl
 
@@ -88,7 +88,7 @@ def test_a_coordinator_that_cannot_be_reached_is_named():
         "TRACERL_CONNECT_TIMEOUT": "0.5",
     }  # fmt: skip
     start = time.monotonic()
-    with pytest.raises(UserError, match=rf"coordinator {address}: cannot be reached within 0\.5 s .*process 0"):
+    with pytest.raises(PeerError, match=rf"coordinator {address}: cannot be reached within 0\.5 s .*process 0"):
         distributed.start(environment)
     assert time.monotonic() - start < 60
 

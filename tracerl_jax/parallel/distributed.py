@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from tracerl_jax.errors import ConfigError, UserError
+from tracerl_jax.errors import ConfigError, PeerError
 from tracerl_jax.parallel import watchdog
 
 log = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ def process_count() -> int:
 def start(environment: Mapping[str, str] = os.environ) -> None:
     """Joins the job that the environment describes, and starts the watchdog; does nothing where it describes none.
 
-    Raises ConfigError for variables that contradict each other or a time-out that is none, UserError when the
-    coordinator cannot be reached in time.
+    Raises ConfigError for variables that contradict each other or a time-out that is none, PeerError when the
+    processes do not meet in time.
     """
     timeout = _number(environment, CONNECT_TIMEOUT, "300")
     given = _given(environment)
@@ -81,7 +81,7 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
                 heartbeat_timeout_seconds=JAX_HEARTBEAT_SECONDS,
             )  # fmt: skip
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"{where}: the job cannot be joined ({str(error).splitlines()[0]}): is the port "
+            raise PeerError(f"{where}: the job cannot be joined ({str(error).splitlines()[0]}): is the port "
                             "free on the host of process 0, and does an older job run there?") from error
     if is_job():
         watchdog.start(client(), process_index(), process_count())
@@ -169,7 +169,7 @@ def _reach(address: str, timeout: float) -> None:
             return
         except (OSError, OverflowError) as error:
             if time.monotonic() + delay > deadline:
-                raise UserError(
+                raise PeerError(
                     f"coordinator {address}: cannot be reached within {timeout:g} s ({error}). Check that process 0 "
                     "was started and lives, that the address is one of its host which this host can reach, and that "
                     f"no firewall closes the port; {CONNECT_TIMEOUT} sets the seconds"

@@ -156,7 +156,8 @@ def start(client: Any, index: int, count: int) -> None:
     """`client`: of the job's key-value store."""
     global _watchdog
     _watchdog = _Watchdog(client, index, count)
-    _on_abort(lambda: _watchdog.fail("process 0, which holds the coordinator, is gone", tell=False))
+    reason = "JAX ended the job: process 0, which holds the coordinator, is gone, or a process was started again"
+    _on_abort(lambda: _watchdog.fail(reason, tell=False))
 
 
 def configure(
@@ -217,11 +218,11 @@ def _on_abort(act) -> None:
 
 @contextlib.contextmanager
 def instead_of_abort(message: str) -> Iterator[None]:
-    """An abort() inside becomes an error of the user's with this message."""
+    """An abort() inside becomes a PeerError with this message, as the command line shows it."""
 
     def act() -> NoReturn:
         os.write(2, f"tracerl: error: {message}\n".encode())
-        os._exit(STATUS_USER_ERROR)
+        os._exit(STATUS_PEER_LOST)
 
     _on_abort(act)
     yield

@@ -15,6 +15,7 @@ In a job every process writes and reads its parts of the arrays. Process 0 decid
 checksums once all have written.
 """
 
+import contextlib
 import errno
 import json
 import logging
@@ -32,13 +33,15 @@ import orbax.checkpoint as ocp
 from tracerl_jax.config import CheckpointSection
 from tracerl_jax.errors import CheckpointError, UserError
 from tracerl_jax.files import write_json
-from tracerl_jax.parallel.distributed import is_lead
+from tracerl_jax.parallel.distributed import is_job, is_lead
 from tracerl_jax.parallel.peers import from_lead, gather
+from tracerl_jax.training.interrupt import Interrupted
 
 log = logging.getLogger(__name__)
 
 TREES = ("params", "value", "train")
 DOCUMENTS = ("data", "meta", "ahead")
+LEAVE_SECONDS = 30.0
 
 
 class Checkpointer:
@@ -214,6 +217,23 @@ class Checkpointer:
     def close(self) -> None:
         self.wait()
         self._manager.close()
+
+    def leave(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        """`close`, as the exit of a context.
+
+        A process that an error takes out of a job waits for a save under way only so long: the save waits for the other
+        processes, which may not know of the error yet.
+        """
+        if error is None or isinstance(error, Interrupted) or not is_job():
+            return self.close()
+
+        def close() -> None:
+            with contextlib.suppress(Exception):  # there is one already
+                self.close()
+
+        closing = threading.Thread(target=close, daemon=True)
+        closing.start()
+        closing.join(LEAVE_SECONDS)
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ class Run:
             # A new run folder is tied to its config only now: what failed above may be mended under the same name.
             self._write_config()
             self.checkpointer = Checkpointer(self.path, config.checkpoint)
-            self._exit.callback(self.checkpointer.close)
+            self._exit.push(self.checkpointer.leave)
             self.stop = self._exit.enter_context(StopSignal())
             faults = config.faults
             watchdog.configure(faults.heartbeat, faults.phase_seconds, faults.phase_timeout, self.path, self.stop)
