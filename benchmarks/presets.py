@@ -1,7 +1,7 @@
 """Which preset fits which chips: runs `tracerl plan` for every row below and writes docs/presets.md.
 
-    python benchmarks/presets.py                      every row; about an hour on two cores
-    python benchmarks/presets.py rl_sdar_8b_math      only rows of this config; the others keep what was found before
+    python benchmarks/presets.py                      every row; some hours on two cores
+    python benchmarks/presets.py rl_sdar_8b_math ..   only rows of these configs; the page keeps the others
 
 What was found is kept in build/plans/, one JSON file a row, so the command goes on where it was interrupted; delete a
 file to compile its row again. A row is compiled once, with the value model: without it a run compiles the same programs
@@ -32,6 +32,12 @@ ROWS = [
     ("rl_sdar_8b_math", "v5p:4x4x4", ()),
     ("rl_sdar_30b_a3b_math", "v5p:2x4x4", ()),
     ("rl_sdar_30b_a3b_math", "h100:64", ()),
+    ("rl_dream_7b_math", "h100:8", ()),
+    ("rl_dream_7b_math", "v5p:2x2x2", ()),
+    ("rl_llada_8b_math", "h100:8", ()),
+    ("rl_llada_8b_math", "v5p:2x2x2", ()),
+    ("rl_mmada_8b_math", "h100:8", ()),
+    ("rl_mmada_8b_math", "v5p:2x2x2", ()),
 ]
 
 INTRODUCTION = """# What fits where
@@ -39,10 +45,19 @@ INTRODUCTION = """# What fits where
 Written by `python benchmarks/presets.py` from the figures of the real TPU and CUDA compilers (`tracerl plan`); nothing
 here has run on an accelerator. Memory is the peak of a chip over all programs of an RL step, everything that stays on
 it included. Times are lower bounds: what the chip's peak FLOPs, HBM and links allow if nothing else costs anything.
-Prompts of {prompt_tokens} and responses of {response_tokens} tokens, the longest that the configs allow,
-{tokens_per_step} tokens per denoise step, all responses kept: a real step, with shorter responses, is cheaper.
+Prompts and responses are the longest that the configs allow, and all responses are kept: a real step, with shorter
+responses, is cheaper.
 
-TraDo 4B and 8B have the shapes of SDAR 4B and 8B. A v5p-64 slice of Google Cloud, which counts cores, has 32 chips.
+| configs | prompt, response | tokens per denoise step | shrink |
+| --- | --- | --- | --- |
+| SDAR | 784, 2000 | 2.6 | 1 |
+| Dream | 512, 1024 | 1.03, the static schedule's | 8 |
+| LLaDA, MMaDA | 512, 512 | 2.6 | 8 |
+
+TraDo 4B and 8B have the shapes of SDAR 4B and 8B, `rl_diffucoder_7b_code` compiles the programs of `rl_dream_7b_math`,
+and LLaDA 1.5 has the shapes of LLaDA. A v5p-64 slice of Google Cloud, which counts cores, has 32 chips. What a step
+costs with other values of `rl.shrink`: the table that `tracerl plan` prints. Rows are not all of one commit: those of
+SDAR were compiled before training rows were made on the device.
 """
 
 
@@ -78,7 +93,7 @@ def row(config: str, found: dict, overrides: tuple[str, ...]) -> str:
     fits = peak["peak_bytes"] <= found["hbm_bytes"] and not any(program["overflow"] for program in programs)
     mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1) or "one chip"
     cells = [
-        f"`{config}`" + "".join(f"<br>`--config.{override}`" for override in overrides),
+        _config_cell(config, overrides),
         f"{found['topology']} ({found['chips']})",
         mesh,
         f"{peak['peak_bytes'] / GIB:.0f} of {found['hbm_bytes'] / GIB:.0f} ({peak['name']})",
@@ -93,23 +108,40 @@ def row(config: str, found: dict, overrides: tuple[str, ...]) -> str:
     return _line(cells)
 
 
+def _config_cell(config: str, overrides: tuple[str, ...]) -> str:
+    return f"`{config}`" + "".join(f"<br>`--config.{override}`" for override in overrides)
+
+
 def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def lines_of_page() -> dict[tuple[str, str], str]:
+    """The lines of the page's table by their config cell and topology."""
+    found = {}
+    for line in PAGE.read_text().splitlines() if PAGE.exists() else []:
+        if line.startswith("| `rl_"):
+            config, topology, *_ = line.removeprefix("| ").split(" | ")
+            found[config, topology.partition(" ")[0]] = line
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", choices=sorted({config for config, *_ in ROWS}))
-    only = parser.parse_args().config
-    if only:
-        for path in PLANS.glob(f"{only}@*.json"):
-            path.unlink()
+    parser.add_argument("configs", nargs="*", metavar="CONFIG", help="default: all")
+    only, known = parser.parse_args().configs, lines_of_page()
+    if unknown := set(only) - {config for config, *_ in ROWS}:
+        parser.error(f"no row has the config {', '.join(sorted(unknown))}")
     lines = [_line(["config", "topology (chips)", "mesh", "peak GiB per chip", "fits", "rollout s", "update s",
                     "tokens/s per chip"]), _line(["---"] * 8)]  # fmt: skip
     for config, topology, overrides in ROWS:
+        if only and config not in only:
+            keys = [(_config_cell(name, overrides), topology) for name in (config, f"{config}:value")]
+            lines += [known[key] for key in keys if key in known]
+            continue
         found = plan(config, topology, overrides)
         lines += [row(config, without_value(found), overrides), row(f"{config}:value", found, overrides)]
-        PAGE.write_text(INTRODUCTION.format(**found["workload"]) + "\n" + "\n".join(lines) + "\n")
+    PAGE.write_text(INTRODUCTION + "\n" + "\n".join(lines) + "\n")
     print(f"wrote {PAGE}")
 
 

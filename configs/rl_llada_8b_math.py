@@ -8,8 +8,12 @@
 
 from tracerl_jax.configs.rl_dream_7b_math import like_dream
 
-LLADA = {"strategy": "dynamic", "first_token": False, "confidence": "untempered", "max_tokens": 512, "top_k": 0,
-         "top_p": 1.0}  # fmt: skip
+LLADA = {
+    "task": {"template": "llada"},
+    "rollout": {"strategy": "dynamic", "first_token": False, "confidence": "untempered", "max_tokens": 512, "top_k": 0,
+                "top_p": 1.0},
+    "eval": {"top_k": 0, "top_p": 1.0},
+}  # fmt: skip
 
 
 def get_config(arg=None):

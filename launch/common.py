@@ -111,6 +111,27 @@ def add_config_arguments(parser: CommandParser, schema: type, default: str | Non
     parser.epilog = f"{parser.epilog}\n\n{keys}" if parser.epilog else keys
 
 
+def add_training_arguments(parser: CommandParser) -> None:
+    """Those of a command that trains: of its config, and `--profile`, which is short for one of its keys."""
+    from tracerl_jax.config import RunConfig
+    from tracerl_jax.config_io import FLAG
+
+    add_config_arguments(parser, RunConfig)
+    parser.add_argument(
+        "--profile", metavar="FIRST:COUNT", help=f"write a profile of these steps, short for {FLAG}report.profile"
+    )
+
+
+def resolve_training(args: argparse.Namespace) -> Any:
+    """`resolve` for `add_training_arguments`."""
+    from tracerl_jax.config import RunConfig
+    from tracerl_jax.config_io import FLAG
+
+    if args.profile is not None:
+        args.overrides.append(f"{FLAG}report.profile={args.profile}")
+    return resolve(args, RunConfig)
+
+
 def resolve(args: argparse.Namespace, schema: type[Schema]) -> Schema:
     """The config that the flags ask for. With `--print_config`, prints it and exits with status 0.
 
@@ -174,17 +195,22 @@ def command_again(command: str, args: argparse.Namespace, **changes: Any) -> str
     return shlex.join(["tracerl", command, "--config", args.config, *kept, *changed])
 
 
-def add_engine_flags(flag: Callable[..., Any]) -> None:
-    """What all commands that decode let choose of the engine; `flag` is `add_argument` of a parser or a group."""
+def add_engine_flags(flag: Callable[..., Any], of_config: bool = False) -> None:
+    """What all commands that decode let choose of the engine; `flag` is `add_argument` of a parser or a group.
+    `of_config`: a config says what a flag that is not given means, which is then None."""
     from tracerl_jax.rollout.options import CACHES, COMMITS
 
-    flag("--slots", type=int, default=64, help="sequences decoded together (default: %(default)s)")
-    flag("--commit", choices=COMMITS, default="auto", help="of finished blocks (default: %(default)s)")
-    flag("--drafts", type=int, default=1, help="steps guessed and verified by a forward (default: %(default)s)")
-    flag("--cache", choices=CACHES, default="none", help="of full-attention models (default: %(default)s, exact)")
+    def own(name: str, default: Any, help: str, **how: Any) -> None:
+        shown = "the config's" if of_config else "%(default)s"
+        flag(name, default=None if of_config else default, help=f"{help} (default: {shown})", **how)
+
+    own("--slots", 64, "sequences decoded together", type=int)
+    own("--commit", "auto", "of finished blocks", choices=COMMITS)
+    own("--drafts", 1, "steps guessed and verified by a forward", type=int)
+    own("--cache", "none", "of full-attention models; none is exact", choices=CACHES)
     flag("--horizon", type=int, help="tokens that a step with a cache computes, from its block on (default: all)")
     flag("--refresh", type=int, help="steps until a block's cache is made anew (default: at its start only)")
-    flag("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and compute")
+    own("--dtype", "float32", "of weights and compute", choices=("float32", "bfloat16"))
 
 
 def engine_config(args: argparse.Namespace, **more: Any) -> Any:

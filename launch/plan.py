@@ -47,6 +47,10 @@ def add_arguments(parser: CommandParser) -> None:
         "--kept_fraction", type=float, default=1.0, metavar="X",
         help="of the responses, after the accuracy filter (default: 1)",
     )  # fmt: skip
+    parser.add_argument(
+        "--utilisation", type=float, default=0.4, metavar="X",
+        help="share of the chip's peak rates, for the estimated times in the table by rl.shrink (default: 0.4)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,11 +60,12 @@ def run(args: argparse.Namespace) -> int:
     from tracerl_jax.parallel.mesh import make_mesh
     from tracerl_jax.plan.estimate import estimate_run
     from tracerl_jax.plan.programs import model_config, plan_run
-    from tracerl_jax.plan.report import format_plan, plan_dict
+    from tracerl_jax.plan.report import check_utilisation, format_plan, plan_dict
     from tracerl_jax.plan.topology import compile_devices, parse_topology
     from tracerl_jax.plan.workload import assume
 
     config = resolve(args, RunConfig)
+    check_utilisation(args.utilisation)
     model_block_size = model_config(config).block_size
     config = config.heaviest(model_block_size)
     workload = assume(
@@ -75,9 +80,9 @@ def run(args: argparse.Namespace) -> int:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=compile_devices(topology))
     plan = estimate_run(plan_run(config, mesh, workload), topology, mesh)
     if args.json:
-        print(json.dumps({"config": args.config, **plan_dict(plan, config, workload)}, indent=2))
+        print(json.dumps({"config": args.config, **plan_dict(plan, config, workload, args.utilisation)}, indent=2))
     else:
-        print(format_plan(plan, config, workload))
+        print(format_plan(plan, config, workload, args.utilisation))
     if not plan.fits:
         print("tracerl plan: does not fit", file=sys.stderr)
     return 0 if plan.fits else 1

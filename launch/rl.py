@@ -2,7 +2,7 @@
 
 import argparse
 
-from tracerl_jax.launch.common import add_config_arguments, resolve, train_and_describe
+from tracerl_jax.launch.common import add_training_arguments, resolve_training, train_and_describe
 
 HELP = """Train a diffusion language model by reinforcement learning: optional supervised warm-up (sft.steps), TraceRL
 or one of its baselines, evaluation before and after, and the result as a Hugging Face folder. The same command
@@ -15,14 +15,10 @@ EPILOG = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from tracerl_jax.config import RunConfig
-
-    add_config_arguments(parser, RunConfig)
+    add_training_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from tracerl_jax.config import RunConfig
-
-    config = resolve(args, RunConfig)
+    config = resolve_training(args)
     train_and_describe("rl", args, config)
     return 0

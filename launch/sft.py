@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 
-from tracerl_jax.launch.common import add_config_arguments, resolve, train_and_describe
+from tracerl_jax.launch.common import add_training_arguments, resolve_training, train_and_describe
 
 HELP = """Supervised fine-tuning (sft.method semi_ar, random_masking, trace or ar), evaluation before and after, and the
 result as a Hugging Face folder. The same command continues a run that was interrupted."""
@@ -14,15 +14,11 @@ EPILOG = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from tracerl_jax.config import RunConfig
-
-    add_config_arguments(parser, RunConfig)
+    add_training_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from tracerl_jax.config import RunConfig
-
-    config = resolve(args, RunConfig)
+    config = resolve_training(args)
     config = dataclasses.replace(config, rl=dataclasses.replace(config.rl, steps=0))
     train_and_describe("sft", args, config)
     return 0

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import optax
 
-from tracerl_jax.diffusion.packing import PackedRows
+from tracerl_jax.diffusion.packing import PackedRows, pack
 from tracerl_jax.diffusion.replay import ReplayItem, masking_item, trace_item
-from tracerl_jax.diffusion.rounds import pad_response, round_rows, trace_states
+from tracerl_jax.diffusion.rounds import RoundRows, pad_response, round_rows, trace_states
 from tracerl_jax.interop.families import FAMILIES
 from tracerl_jax.interop.names import hf_tensors, leaves_by_path
 from tracerl_jax.models import ModelConfig
@@ -26,7 +26,7 @@ class Case(NamedTuple):
     responses: list  # padded to L1
     steps: list
     masks: list | None  # random masks instead of steps
-    rows: PackedRows  # the reference's rows
+    rows: RoundRows  # the reference's rows
 
     def items(self) -> list[ReplayItem]:
         """The same training problem on the response-aligned grid, to be packed."""
@@ -102,12 +102,23 @@ def target_mask(rows: PackedRows, length: int) -> np.ndarray:
     return mask
 
 
-def fill_up(rows: PackedRows, shape: tuple[int, int, int]) -> PackedRows:
+def fill_up(rows: RoundRows, shape: tuple[int, int, int]) -> RoundRows:
     """The same rows with padding up to N, T, P: one shape, one compilation."""
-    filled = PackedRows.empty(*shape, rows.response_lens)
-    for field in dataclasses.fields(rows)[:-1]:
-        old, new = getattr(rows, field.name), getattr(filled, field.name)
+    return _into(RoundRows.empty(*shape, rows.response_lens), rows)
+
+
+def pack_to(items: list[ReplayItem], shape: tuple[int, int, int]) -> PackedRows:
+    """The items in rows of padding up to N, T, P: one shape, one compilation."""
+    N, T, P = shape
+    rows = pack(items, row_length=T)
+    return _into(PackedRows.empty(N, T, P, rows.response_lens, L=2 * T, G=64, mask_id=rows.mask_id), rows)
+
+
+def _into(filled, rows):
+    def write(new, old):
         new[tuple(map(slice, old.shape))] = old
+
+    jax.tree.map(write, filled, rows)
     return filled
 
 

@@ -5,6 +5,7 @@ overrides any of them (see `config_io`). Library code takes these dataclasses an
 """
 # ruff: noqa: RUF009  (_doc is dataclasses.field with its documentation)
 
+import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -328,7 +329,10 @@ class EvalSection:
     strategies: tuple[str, ...] = _doc(("dynamic", "static"), "decoding protocols: dynamic, static")
     max_tokens: int | None = _doc(None, "completion limit, default: rollout.max_tokens")
     threshold: float | None = _doc(None, "threshold of `dynamic`, default: rollout.threshold")
-    temperature: float = _doc(1.0, "temperature of `dynamic` (static is greedy)")
+    temperature: float = _doc(1.0, "temperature of `dynamic`")
+    static_temperature: float = _doc(0.0, "temperature of `static`, 0: greedy")
+    top_k: int = _doc(0, "0: off")
+    top_p: float = _doc(1.0, "1: off")
 
     def __post_init__(self):
         _require_not_negative(self, "eval", "every")
@@ -351,9 +355,22 @@ class ReportSection:
     samples_per_step: int = _doc(16, "rollouts written to samples.jsonl per RL step")
     tensorboard: bool = _doc(False, "also write TensorBoard events")
     wandb: bool = _doc(False, "also log to Weights & Biases")
+    profile: str | None = _doc(
+        None, "FIRST:COUNT, steps whose profile is written to <run>/profile: of RL, else of the supervised training"
+    )
 
     def __post_init__(self):
         _require_not_negative(self, "report", "samples_per_step")
+        _require(
+            self.profile is None or re.fullmatch(r"[1-9]\d*:[1-9]\d*", self.profile) is not None,
+            f"report.profile is {self.profile!r}, must be FIRST:COUNT, as in 10:3 for the steps 10, 11 and 12",
+        )
+
+    @property
+    def profiled(self) -> range:
+        """Steps of `profile`."""
+        first, count = map(int, (self.profile or "0:0").split(":"))
+        return range(first, first + count)
 
 
 @dataclass(frozen=True)
@@ -412,11 +429,10 @@ class RunConfig:
         """
         sizes = [stage.block_size or model_block_size for stage in self.rollout.stages()]
         same_size = self.rl.block_size is None or all(size in (None, self.rl.block_size) for size in sizes)
-        same_states = self.rl.shrink == 1 and same_size
-        other = "rl.shrink > 1 or another rl.block_size than the rollout's scores other states than the sampler visited"
-        _require(same_states or self.rl.old_logprobs == "recompute", f"{other}: set rl.old_logprobs=recompute")
         _require(
-            same_states or self.rl.importance_sampling == "none", f"{other}: set rl.importance_sampling=none"
+            (self.rl.shrink == 1 and same_size) or self.rl.old_logprobs == "recompute",
+            "rl.shrink > 1 or another rl.block_size than the rollout's scores other states than the sampler visited: "
+            "set rl.old_logprobs=recompute",
         )
 
     def heaviest(self, model_block_size: int) -> "RunConfig":

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from replay_utils import fill_up, visible
+from replay_utils import fill_up, pack_to, visible
 
 from tracerl_jax.diffusion.grid import round_up
 from tracerl_jax.diffusion.packing import pack
-from tracerl_jax.diffusion.replay import masking_item, trace_item
+from tracerl_jax.diffusion.replay import causal_item, masking_item, trace_item
 from tracerl_jax.diffusion.rounds import round_rows, trace_states
 from tracerl_jax.errors import DataError
 from tracerl_jax.models import Model, ModelConfig
@@ -39,6 +39,59 @@ def test_the_drawing():
     assert (rows.token_count, rows.target_count) == (10, 3)
 
 
+def written_out(items, rows):
+    """(ids, positions, intervals) of rows with one item each, token by token."""
+    N, T = rows.shape
+    ids, positions, intervals = np.zeros((N, T), int), np.zeros((N, T), int), np.zeros((N, T, 4), int)
+    for n, item in enumerate(items):
+        B, c = item.block_size, len(item.clean)
+        tokens = [(token, at, (0, ((at - item.grid_offset) // B + 1) * B + item.grid_offset, 0, 0))
+                  for at, token in enumerate(item.clean)]  # fmt: skip
+        for g, (start, group) in enumerate(zip(item.group_start, item.group_ids, strict=True)):
+            tokens += [(token, start + i, (0, start, c + g * B, c + g * B + B)) for i, token in enumerate(group)]
+        for column, (token, position, seen) in enumerate(tokens):
+            ids[n, column], positions[n, column], intervals[n, column] = token, position, seen
+    return ids, positions, intervals
+
+
+FORMS = {
+    "trace": lambda rng, p, r, B: item(p, r, B, steps=rng.integers(1, 5, r), shrink=int(rng.integers(1, 4)),
+                                       tail_ids=[7, 8], tail_step_map=[2, 9]),
+    "response": lambda rng, p, r, B: item(p, r, B, steps=rng.integers(1, 5, r), alignment="response"),
+    "canvas": lambda rng, p, r, B: item(p, r, p + r + B, steps=rng.integers(1, 5, r), shrink=2),
+    "masks": lambda rng, p, r, B: masking_item(np.arange(p), 10 + np.arange(r), rng.random(r) < 0.7, block_size=B,
+                                               mask_id=MASK),
+    "causal": lambda rng, p, r, B: causal_item(np.arange(p), 10 + np.arange(r)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_made_by_the_device_are_those_written_out(form):
+    """On the host, inside a jitted function, and token by token."""
+    rng = np.random.default_rng(0)
+    items = [FORMS[form](rng, *map(int, rng.integers(1, 12, 2)), int(rng.integers(1, 6))) for _ in range(24)]
+    single = [piece for i in items for piece in i.pieces() if piece.size]
+    rows = [pack([piece], row_length=96) for piece in single]
+    assert all(len(row.ids) == 1 for row in rows)
+    for piece, row in zip(single, rows, strict=True):
+        for got, want in zip((row.ids, row.positions, row.intervals), written_out([piece], row), strict=True):
+            assert got.dtype == np.int32
+            np.testing.assert_array_equal(got, want)
+    together = pack(items, row_length=96)
+    on_device = jax.jit(lambda rows: (rows.ids, rows.positions, rows.intervals))(together)
+    for got, want in zip(on_device, (together.ids, together.positions, together.intervals), strict=True):
+        assert got.dtype == np.int32
+        np.testing.assert_array_equal(got, want)
+
+
+def test_whole_canvases_are_sent_once_with_few_targets():
+    """256 states of one response: the host has its ids and steps in each row, not the states."""
+    rows = pack([item(p=100, r=256, B=512)], row_length=1024)
+    assert rows.shape == (128, 1024) and rows.target_ids.shape == (128, 16)
+    sent, written = sum(x.nbytes for x in jax.tree.leaves(rows)), sum(x.nbytes for x in (rows.ids, rows.intervals))
+    assert sent < 0.45 * written
+
+
 def test_items_of_a_row_do_not_see_each_other():
     rows = pack([item(), item(p=5, r=4)], row_length=64)
     mask = visible(rows)[0]
@@ -64,8 +117,8 @@ def test_shapes_come_from_few_buckets():
         rows = pack([item(p=2, r=r)] * 3, row_length=(64, 256, 1024), rows_multiple=4)
         N, T = rows.ids.shape
         assert T == min(t for t in (64, 256, 1024) if item(p=2, r=r).size <= t) and N % 4 == 0
-        assert rows.target_ids.shape[1] % (T // 16) == 0
-        shapes.add((N, T, rows.target_ids.shape[1]))
+        assert rows.target_ids.shape[1] % (T // 4) == 0
+        shapes.add((T, *(x.shape for x in jax.tree.leaves(rows))))
     assert len(shapes) <= 20
 
 
@@ -182,7 +235,7 @@ def problems(draw):
 def test_packed_rows_equal_rounds(problem, row_length):
     items, rounds, rng = problem
     N = round_up(3 * 256, row_length) // row_length
-    packed = pack(items, row_length=row_length, rows_multiple=N, targets_multiple=3 * MAX_R)
+    packed = pack_to(items, (N, row_length, 3 * MAX_R))
     assert packed.target_count == rounds.target_count and len(packed.ids) == N
     rounds = fill_up(rounds, ROUNDS_SHAPE)
     params = MODEL.init(jax.random.key(rng.integers(1000)))

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from tracerl_jax.diffusion.reveal import STATIC, choose_reveals
 from tracerl_jax.diffusion.sampling import banned_ids, entropy, filter_logits, propose
 from tracerl_jax.errors import ConfigError
 
@@ -105,6 +106,24 @@ def test_truncated_confidence_is_the_reference_rule():
     np.testing.assert_array_equal(got.entropy[0], 0.0)
     assert (np.asarray(got.confidence[1]) < 0.9).all()
     assert (np.asarray(got.entropy[1]) > 0.5).all()
+
+
+def test_a_greedy_row_ranked_by_what_top_k_leaves():
+    """`confidence=truncated` is the published SDAR rule: a score is the probability after top-k and top-p. Greedy is
+    top_k=1 there, so that all scores are 1 and ties decide what is revealed. At temperature 0 ours ranks by the share
+    of the best among what top-k leaves at temperature 1; by `policy`, the default, top-k has no say."""
+    logits = np.random.default_rng(4).normal(size=(3, 4, 8)).astype(np.float32) * 2
+    got = make_proposal(logits, temperature=0.0, top_k=[3, 1, 3], top_p=1.0, truncated=[True, True, False])
+    np.testing.assert_array_equal(got.ids, logits.argmax(-1))
+    weights = np.exp(-np.sort(-logits, axis=-1))
+    np.testing.assert_allclose(got.confidence[0], (weights[..., 0] / weights[..., :3].sum(-1))[0], rtol=1e-5)
+    np.testing.assert_array_equal(got.confidence[1], 1.0)
+    np.testing.assert_allclose(got.confidence[2], (weights[..., 0] / weights.sum(-1))[2], rtol=1e-5)
+    ties = choose_reveals(
+        jnp.ones((1, 4), bool), got.confidence[1:2], got.entropy[1:2], jnp.full(1, STATIC), jnp.full(1, 2),
+        jnp.full(1, 0.9), jnp.full(1, 0.3),
+    )  # fmt: skip
+    np.testing.assert_array_equal(ties, [[True, True, False, False]])  # from left to right
 
 
 def test_greedy_takes_the_lowest_index_of_a_tie():

@@ -129,6 +129,9 @@ def test_every_mesh_does_what_one_device_does(one_device, sizes):
 PRESETS["mesh_run"] = PRESETS["sdar_tiny"].replace(
     width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=32
 )
+PRESETS["mesh_run_full"] = PRESETS["dream_demo"].replace(
+    width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=32, block_size=4
+)
 
 
 @register_reward("mesh_run_digits")
@@ -137,12 +140,12 @@ def digits(prompts, completions, **columns):
     return [sum(c.isdigit() for c in text) / 8 for text in completions]
 
 
-def run(folder, name, mesh, **rl):
+def run(folder, name, mesh, preset, **rl):
     shards = mesh[0] * mesh[1]
     config = {
         "name": name,
         "runs_dir": str(folder),
-        "model": {"preset": "mesh_run"},
+        "model": {"preset": preset},
         "mesh": dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)),
         "task": {"rewards": {"mesh_run_digits": 1.0}, "options": {"train_count": 24, "test_count": 16}},
         "rollout": {"prompts_per_step": 4, "samples_per_prompt": 4, "slots_per_device": 16 // shards, "max_tokens": 8,
@@ -157,15 +160,19 @@ def run(folder, name, mesh, **rl):
 
 
 OVERLAP = {"overlap": "one_step_off", "old_logprobs": "recompute", "importance_sampling": "token"}
+MERGED = {"shrink": 2, "old_logprobs": "recompute", "importance_sampling": "token"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rl", [{}, OVERLAP], ids=["in turn", "overlapped"])
-def test_a_run_on_2x2x2_is_the_run_on_one_device(tmp_path, monkeypatch, rl):
-    metrics, samples = run(tmp_path, "mesh", (2, 2, 2), **rl)
+@pytest.mark.parametrize(
+    ("preset", "rl"), [("mesh_run", {}), ("mesh_run", OVERLAP), ("mesh_run_full", MERGED)],
+    ids=["in turn", "overlapped", "full attention"],
+)  # fmt: skip
+def test_a_run_on_2x2x2_is_the_run_on_one_device(tmp_path, monkeypatch, preset, rl):
+    metrics, samples = run(tmp_path, "mesh", (2, 2, 2), preset, **rl)
     one_device = functools.partial(make_mesh, devices=jax.devices()[:1])
     monkeypatch.setattr(run_module, "make_mesh", one_device)
-    want_metrics, want_samples = run(tmp_path, "one", (1, 1, 1), **rl)
+    want_metrics, want_samples = run(tmp_path, "one", (1, 1, 1), preset, **rl)
 
     assert len(metrics) == len(want_metrics)
     updates = 0
@@ -173,7 +180,7 @@ def test_a_run_on_2x2x2_is_the_run_on_one_device(tmp_path, monkeypatch, rl):
         assert row.keys() == want.keys()
         updates += "policy/grad_norm" in row and "value/grad_norm" in row
         for name in row:
-            timed = name.startswith("seconds/") or name.endswith(("_seconds", "tokens_per_second"))
+            timed = name.startswith(("seconds/", "chips/")) or name.endswith(("_seconds", "tokens_per_second"))
             if not (timed or isinstance(row[name], str)):
                 np.testing.assert_allclose(row[name], want[name], rtol=1e-4, atol=1e-4, err_msg=name)
     assert updates == 2

@@ -8,8 +8,10 @@ from compiled import mesh_of
 
 from tracerl_jax.config import RunConfig
 from tracerl_jax.config_io import load_config
-from tracerl_jax.plan.estimate import Estimate, Plan, bandwidth, overflow_bytes, run_beside
+from tracerl_jax.plan.decoding import Forwards
+from tracerl_jax.plan.estimate import Estimate, Plan, bandwidth, overflow_bytes, run_beside, shrink_cost
 from tracerl_jax.plan.hlo_cost import Cost
+from tracerl_jax.plan.replays import ReplayCount, StepReplay
 from tracerl_jax.plan.report import format_plan, knobs, plan_dict
 from tracerl_jax.plan.topology import parse_topology
 from tracerl_jax.plan.workload import Workload
@@ -76,9 +78,14 @@ def plan(*programs, topology="v5e:4x4", resident=None):
     mesh = {"data": 1, "fsdp": found.chips, "tensor": 1}
     rollout = {"data": found.chips, "fsdp": 1, "tensor": 1}
     resident = resident or {"policy": 1e9, "policy optimizer": 2e9}
-    return Plan(found, mesh, rollout, 10 * GIB, resident, list(programs), 8000.0)
+    costs = [shrink_cost(list(programs), REPLAY, found.chips), shrink_cost(list(programs), MERGED, found.chips)]
+    forwards = Forwards(500.0, 50.0, 7.0)
+    return Plan(found, mesh, rollout, 10 * GIB, resident, list(programs), 8000.0, forwards, costs)
 
 
+# The run's own shrink, and one with a quarter of the micro-batches.
+REPLAY = StepReplay(1, 40.0, ReplayCount(2000.0, 3e6, 400.0, 8192), {"policy gradient": 100.0})
+MERGED = StepReplay(4, 40.0, ReplayCount(500.0, 8e5, 100.0, 8192), {"policy gradient": 25.0})
 SMALL = Estimate("decode", 8, 1.0, 1e9, 1e8, 5 * GIB, None, Cost(2e12, 3e9), 0.01, 0.02, 0.005)
 LARGE = dataclasses.replace(SMALL, name="policy gradient", runs=100.0, peak_bytes=11 * GIB, compute_seconds=0.03)
 OVERFLOW = Estimate("prefill", 8, 1.0, 0.0, 0.0, 33 * GIB, "Ran out of memory")
@@ -129,7 +136,7 @@ def test_text_says_what_is_assumed_and_not_counted():
     cost = Cost(2e12, 3e9, unknown_loops={"jit(f)/while"}, unknown_kernels={"mystery"})
     cost.collective_bytes["all-gather", "fsdp"] = 5e9
     found = dataclasses.replace(SMALL, cost=cost, runs=0.5)
-    text = format_plan(plan(found, topology="h100:8"), CONFIG, Workload(784, 500, 2.5, 0.5))
+    text = format_plan(plan(found, topology="h100:8"), CONFIG, Workload(784, 500, 2.5, 0.5), 0.4)
     for part in (
         "rl_sdar_4b_math_value on h100:8: 8 chips with 10.0 GiB for programs",
         "of 79.1 GiB (XLA_PYTHON_CLIENT_MEM_FRACTION)",
@@ -144,20 +151,46 @@ def test_text_says_what_is_assumed_and_not_counted():
     assert row.split() == "decode 0.5 0.93 0.09 5.00 2.00 3.00 10.0 20.0 5.00 HBM 0.01 1 s".split()
 
 
+def test_table_by_shrink():
+    text = format_plan(plan(SMALL, LARGE), CONFIG, Workload(784, 500), 0.25)
+    assert ("a response takes 507 forwards (500 denoise steps, 50.0 of them of the whole canvas, 7.00 commits); 4,096 "
+            "responses an RL step") in text  # fmt: skip
+    heading, *rows = (line for line in text.splitlines() if line.startswith(("shrink  ", "1* ", "4 ")))
+    # 16 chips x (8 decodes + 100 or 25 gradients) x 2 TFLOP.
+    assert heading.split() == ("shrink states/response rows Mtokens micro-batches rollout PFLOP policy PFLOP "
+                               "step at least at 25%").split()  # fmt: skip
+    assert rows[0].split() == "1* 50.0 400 3.00 100 0.26 3.20 3.16 s 12.6 s".split()
+    assert rows[1].split() == "4 12.5 100 0.80 25 0.26 0.80 910 ms 3.64 s".split()
+
+
+def test_table_by_shrink_of_what_does_not_fit():
+    """What is replayed is known, what it costs is not."""
+    text = format_plan(plan(SMALL, OVERFLOW, LARGE), CONFIG, Workload(784, 500), 0.25)
+    (row,) = (line for line in text.splitlines() if line.startswith("1* "))
+    assert row.split() == "1* 50.0 400 3.00 100 - -".split()
+
+
 def test_text_of_what_does_not_fit():
-    text = format_plan(plan(SMALL, OVERFLOW, LARGE), CONFIG, Workload(784, 2000))
+    text = format_plan(plan(SMALL, OVERFLOW, LARGE), CONFIG, Workload(784, 2000), 0.4)
     assert "DOES NOT FIT: at least 33.0 GiB of 10.0 GiB (prefill). Turn one of these:" in text
     assert "> 33.0" in text and "response tokens/s" not in text
 
 
 def test_a_plan_as_json():
     found = plan(SMALL, OVERFLOW)
-    document = json.loads(json.dumps(plan_dict(found, CONFIG, Workload(784, 2000))))
+    document = json.loads(json.dumps(plan_dict(found, CONFIG, Workload(784, 2000), 0.4)))
     assert document["fits"] is False and document["knobs"] == knobs(found, CONFIG)
     decode, prefill = document["programs"]
     assert (decode["flops"], decode["bound"], decode["seconds"]) == (2e12, "HBM", 0.02)
     assert (prefill["peak_bytes"], prefill["overflow"]) == (33 * GIB, "Ran out of memory")
     assert prefill["flops"] is prefill["seconds"] is prefill["temp_bytes"] is None
+    assert document["forwards_per_response"] == {"steps": 500, "whole": 50, "commits": 7}
+    assert document["shrink"]["4"]["flops"] is document["shrink"]["4"]["estimated_seconds"] is None
+    assert document["shrink"]["4"]["replay"]["rows"] == 100
+    document = json.loads(json.dumps(plan_dict(plan(SMALL, LARGE), CONFIG, Workload(784, 2000), 0.5)))
+    merged = document["shrink"]["4"]
+    assert merged["flops"]["policy"] == 16 * 25 * 2e12 and merged["runs_per_step"] == {"policy gradient": 25}
+    assert merged["estimated_seconds"] == 2 * merged["step_seconds"] == pytest.approx(2 * (8 * 0.02 + 25 * 0.03))
     assert document["workload"] == {
         "prompt_tokens": 784, "response_tokens": 2000, "tokens_per_step": 2.6, "kept_fraction": 1
     }  # fmt: skip

@@ -23,7 +23,8 @@ from tracerl_jax.plan import estimate, programs
 from tracerl_jax.plan.estimate import COMPILER_OPTIONS, chip_bytes, estimate_run
 from tracerl_jax.plan.hlo import parse
 from tracerl_jax.plan.kernel_costs import live_pairs
-from tracerl_jax.plan.programs import model_config, plan_run
+from tracerl_jax.plan.programs import model_config, plan_run, preset_like
+from tracerl_jax.plan.replays import made_up_replays
 from tracerl_jax.plan.topology import parse_topology
 from tracerl_jax.plan.workload import assume
 
@@ -140,7 +141,7 @@ def test_flops_of_training(large):
     """2 per parameter and token forward, 4 backward, 2 again for what is recomputed; the head on targets only."""
     plan, config, workload, _ = large
     model, tokens, targets = MODEL, 8192, 2048  # of a chip's row; 2000 targets in slots of 2048
-    rows = pack([replay.item for replay in programs._replays(config, model, workload, 1)], row_length=tokens)
+    rows = pack([replay.item for replay in made_up_replays(config, config.rl, model, workload, 1)], row_length=tokens)
     found = {p.name: p.cost.flops for p in plan.programs}
     body, head = 2 * layer_parameters(model) * tokens, 2 * model.width * model.vocab_size * targets
     attention = 2 * 128 * live_pairs(rows.intervals) * model.num_heads * model.num_layers
@@ -394,6 +395,7 @@ def test_8b_on_one_small_chip_does_not_fit():
         (["--topology", "h100:8", "--response_tokens", "5000"], "response_tokens is 5000, more than rollout.max_"),
         (["--topology", "h100:8", "--tokens_per_step", "9"], "tokens_per_step is 9.0, more than the block size, 4"),
         (["--topology", "h100:8", "--kept_fraction", "2"], "kept_fraction is 2.0"),
+        (["--topology", "h100:8", "--utilisation", "0"], "utilisation is 0.0, must lie in (0, 1]"),
         (["--topology", "h100:8", "--config.rollout.tensor=3"], "rollout.tensor is 3"),
         (["--topology", "h100:8", "--config.rl.steps=0"], "rl.steps is 0: a plan is of the programs of RL"),
         (["--topology", "h100:8", "--config.rl.block_size=8", "--config.rl.old_logprobs=rollout"], "another rl.block_"),
@@ -418,5 +420,9 @@ def test_models_behind_names():
     assert preset_of("SDAR-4B-Chat") == "sdar_4b"
     assert preset_of("models/SDAR-1.7B-Chat") == "sdar_1_7b"
     assert preset_of("JetLM/SDAR-30B-A3B-Chat-b32") == "sdar_30b_a3b"
+    for path, name in (("Dream-v0-Instruct-7B", "dream_7b"), ("DiffuCoder-7B-Instruct", "diffucoder_7b"),
+                       ("LLaDA-1.5-8B", "llada_1_5_8b"), ("LLaDA-8B-Instruct", "llada_8b"),
+                       ("MMaDA-8B-MixCoT", "mmada_8b")):  # fmt: skip
+        assert PRESETS[preset_like(path)] == PRESETS[name]
     with pytest.raises(ConfigError, match="no preset has its name"):
         preset_of("SDAR-400B")

@@ -72,7 +72,7 @@ def write_run(path: Path, steps: int = 60, samples_every: int = 10) -> Path:
             log.write(step, {
                 "sft/loss": 3.2 * math.exp(-step / 60) + 0.4 + 0.05 * rng.random(), "sft/grad_norm": 1 + rng.random(),
                 "sft/lr": 1e-3 * min(1, step / 50), "sft/tokens_per_second": 21_000 + 900 * rng.random(),
-                "seconds/total": 0.8,
+                "seconds/total": 0.8, "chips/total/tokens_per_second": 2600.0, "chips/total/mfu": 0.31,
             }, phase="sft")  # fmt: skip
         for step in range(steps + 1):
             progress = 1 - math.exp(-step / 25)
@@ -85,6 +85,8 @@ def write_run(path: Path, steps: int = 60, samples_every: int = 10) -> Path:
                 }, phase="eval")  # fmt: skip
             if step:
                 log.write(step, rl_metrics(rng, step, progress))
+                each = {phase: [value, value, 1.4 * value, 1.0] for phase, value in (PHASES | {"total": 5.0}).items()}
+                run.append_hosts([{"step": step, "phase": "rl", "seconds": each}])
             if step and step % samples_every == 0:
                 write_samples(run, rng, step)
         write_samples(run, rng, steps, phase="eval")
@@ -115,6 +117,9 @@ def rl_metrics(rng: np.random.Generator, step: int, progress: float) -> dict[str
         "value/loss": 0.2 - 0.1 * progress, "value/explained_variance": 0.6 * progress, "value/grad_norm": 1.0,
         "value/lr": 5e-5, "replay/logprob_gap_max": 10 ** (-5.5 + 0.3 * rng.normal()),
         "replay/logprob_gap_mean": 10 ** (-7 + 0.1 * rng.normal()), "replay/packing_efficiency": 0.93,
+        "chips/rollout/mfu": 0.02, "chips/update_policy/mfu": 0.4 + 0.01 * rng.random(), "chips/hbm_gib": 61.5,
+        "chips/rollout/tokens_per_second": 650.0, "chips/update_policy/flops_per_second": 1.9e14,
+        "hosts/rollout/slowest": float(rng.integers(4)), "hosts/rollout/ratio": 1.2 + 0.1 * rng.random(),
         "updates/skipped": float(skipped), **seconds, "seconds/total": sum(seconds.values()) + 0.1,
     }  # fmt: skip
     return metrics

@@ -36,6 +36,8 @@ def test_curves_are_drawn_and_the_hash_sets_the_viewer(page_path, tmp_path):
     for figure in figures:
         assert re.search(r'<path class="(curve|layer)" d="M[\d.]', figure), figure
         assert "NaN" not in figure and "undefined" not in figure and "Infinity" not in figure
+    hosts = re.search(r'<section id="hosts".*?</section>', dom, re.DOTALL)[0]
+    assert "the slowest in rollout, reward or pack first." in hosts and "<td>2</td><td>2.94 s</td>" in hosts
     assert "+32.5 points" in dom and "updates skipped" in dom
     viewer = re.search(r'<section id="viewer".*?</section>', dom, re.DOTALL)[0]
     assert 'data-step="3"' in viewer

@@ -2,6 +2,7 @@ import io
 import json
 import math
 import sys
+import threading
 import time
 import types
 
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 
 from tracerl_jax.errors import ConfigError
+from tracerl_jax.report.flops import Work
 from tracerl_jax.report.metrics import (
+    BackgroundWriter,
     ConsoleWriter,
     DelayedMetrics,
     JsonlWriter,
@@ -128,6 +131,82 @@ def test_phase_timer_adds_up_phases_and_starts_anew_each_step():
     with timer.step(2):
         pass
     assert set(timer.seconds()) == {"seconds/total"}
+
+
+def test_phase_timer_adds_up_work_and_starts_anew_each_step():
+    timer = PhaseTimer()
+    with timer.step(1):
+        timer.count("rollout", Work(3, 10.0))
+        timer.count("rollout", Work(2, 5.0))
+        timer.count("values", Work(1, None))
+    assert timer.work == {"rollout": Work(5, 15.0), "values": Work(1, None)}
+    timer.restart()
+    assert timer.work == {}
+
+
+class Blocked(Recorder):
+    """Writes nothing before it is let."""
+
+    def __init__(self):
+        super().__init__()
+        self.reached, self.let = threading.Event(), threading.Event()
+
+    def write(self, step, metrics, phase):
+        self.reached.set()
+        self.let.wait()
+        super().write(step, metrics, phase)
+
+
+def test_a_writer_in_a_thread_gets_every_row_before_it_is_closed():
+    recorder, made = Recorder(), []
+    writer = BackgroundWriter("fine", lambda: made.append(threading.current_thread()) or recorder)
+    for step in range(100):
+        writer.write(step, {"reward": 0.5}, "rl")
+    writer.close()
+    assert recorder.rows == [*((step, {"reward": 0.5}, "rl") for step in range(100)), "closed"]
+    assert made[0] is not threading.current_thread()
+
+
+def test_a_writer_that_blocks_costs_its_own_rows_and_is_named_once(caplog):
+    blocked, other = Blocked(), Recorder()
+    log = MetricLog([BackgroundWriter("stuck", lambda: blocked, rows=2, seconds=0.01), other], "rl")
+    log.write(0, {})
+    blocked.reached.wait()
+    for step in range(1, 50):
+        log.write(step, {})
+    log.close()
+    assert len(other.rows) == 51  # and the end
+    assert [record.getMessage() for record in caplog.records] == [
+        "metric writer stuck is too slow: it does not get rows from step 3 on",
+        "metric writer stuck is not done after 0 s and is left behind",
+    ]
+    blocked.let.set()
+
+
+@pytest.mark.parametrize("where", ["open", "write", "close"])
+def test_a_writer_that_fails_is_named_once_and_the_others_go_on(where, caplog):
+    class Failing(Recorder):
+        def write(self, step, metrics, phase):
+            if where == "write" and step == 3:
+                raise ValueError("no network")
+
+        def close(self):
+            if where == "close":
+                raise ValueError("no network")
+
+    def make():
+        if where == "open":
+            raise ValueError("no network")
+        return Failing()
+
+    other = Recorder()
+    log = MetricLog([BackgroundWriter("lost", make, rows=10), other], "rl")
+    for step in range(100):
+        log.write(step, {"reward": 0.5})
+    log.close()
+    assert len(other.rows) == 101
+    messages = [record.getMessage() for record in caplog.records if "failed" in record.getMessage()]
+    assert messages == ["metric writer lost has failed and gets no more rows (ValueError: no network)"]
 
 
 @pytest.mark.parametrize(("name", "module"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])

@@ -12,9 +12,8 @@ import jax
 import numpy as np
 import pytest
 from golden_utils import FULL_NAMES, load_golden
-from replay_utils import check_full_gradients, fill_up, read_lists
+from replay_utils import check_full_gradients, pack_to, read_lists
 
-from tracerl_jax.diffusion.packing import pack
 from tracerl_jax.diffusion.replay import masking_item, shrunk_steps, trace_item
 from tracerl_jax.models import Model
 from tracerl_jax.rl.logprobs import packed_logprobs
@@ -71,7 +70,7 @@ def forward_and_gradient(model, params, rows, cotangent):
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_losses_and_gradients(name, case):
     golden, meta, data, _, pieces = load(name, case)
-    rows = fill_up(pack([piece for _, piece in pieces], row_length=SHAPE[1]), SHAPE)
+    rows = pack_to([piece for _, piece in pieces], SHAPE)
     live, row, column = rows.target_item >= 0, np.maximum(rows.target_item, 0), meta["prompt_len"] + rows.target_pos
     column = column - (name == "dream_tiny" and data["logp_old"].shape[1] < meta["length"])  # stored one to the left
     counts = np.array([len(piece.target_ids) for _, piece in pieces])
@@ -97,7 +96,7 @@ def test_losses_and_gradients(name, case):
 @pytest.mark.parametrize("name", FULL_NAMES)
 def test_old_logprobs_are_the_samplers(name):
     golden, meta, data, _, pieces = load(name, "t05")
-    rows = fill_up(pack([piece for _, piece in pieces], row_length=SHAPE[1]), SHAPE)
+    rows = pack_to([piece for _, piece in pieces], SHAPE)
     live, column = rows.target_item >= 0, meta["prompt_len"] + rows.target_pos
     column = column - (data["rollout_logp"].shape[1] < meta["length"])
     nothing = np.zeros(live.shape, np.float32)

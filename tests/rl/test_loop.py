@@ -42,7 +42,7 @@ class Counter:
 def test_the_value_model_is_updated_every_nth_step_and_asked_at_every_step(monkeypatch):
     monkeypatch.setattr(loop, "plan_replays", lambda *_, **__: [["a"], ["b"]])
     monkeypatch.setattr(loop, "with_old_logprobs", lambda learner, replays, stale: (replays, {}))
-    for name in ("value_metrics", "policy_metrics"):
+    for name in ("value_metrics", "policy_metrics", "count_work"):
         monkeypatch.setattr(loop, name, lambda *_: {})
     model = SimpleNamespace(config=SimpleNamespace(block_size=4, mask_token_id=1))
     run = SimpleNamespace(config=config(train_every=3), model=model)

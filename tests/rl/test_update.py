@@ -282,18 +282,33 @@ def test_first_update_sees_the_policy_that_sampled(samples):
 
 
 def test_states_the_sampler_never_visited_are_scored_before_the_update(samples):
+    """The gap is measured in those that it did visit."""
     learner = start(method="coupled", old_logprobs="recompute")
     (part,) = plan(samples, learner.config)
     old, metrics = with_old_logprobs(learner, part)
-    assert metrics == {}  # there is nothing to compare with
+    assert 0 < metrics["replay/logprob_gap_max"] < 1e-4
+    assert with_old_logprobs(learner, part, stale=True)[1] == {}
     for changes, block_size in (({"shrink": 2}, B), ({}, 2 * B)):
         other = start(old_logprobs="recompute", **changes)
-        (merged_steps,) = plan_replays(samples, other.config, mask_id=MASK, block_size=block_size, seed=0, step=1)
-        assert with_old_logprobs(other, merged_steps)[1] == {}
+        (others,) = plan_replays(samples, other.config, mask_id=MASK, block_size=block_size, seed=0, step=1)
+        assert 0 < with_old_logprobs(other, others)[1]["replay/logprob_gap_max"] < 1e-4
     old = [replace(r, advantages=r.sample.advantage) for r in old]
     first, second = (means(learner.update_policy(old)[0]) for _ in range(2))
     assert first["clip_fraction"] == 0 and abs(first["ratio"] - 1) < 1e-5
     assert second["approx_kl"] > 1e-4  # the old log-probs are those of the start of the step
+
+
+def test_states_of_the_sampler_are_those_of_a_micro_batch(samples):
+    (part,) = plan(samples, replace(RL, method="coupled", old_logprobs="recompute"))
+    few, one, short = start(rows_per_device=4), start(rows_per_device=1), start(row_length=1, rows_per_device=9**9)
+    for learner, count in ((few, 2), (one, 1)):
+        learner.rows_per_micro_batch = learner.config.rows_per_device
+        chosen = learner.as_sampled(part)
+        assert [r.sample for r in chosen] == list(dict.fromkeys(r.sample for r in part))[: len(chosen)]
+        assert len(chosen) >= count and sum(r.item.size for r in chosen) <= 64 * learner.rows_per_micro_batch
+        for r in chosen:
+            assert r.item.rounds == rounds(r.sample.trace) and len(r.item.target_ids) == len(r.sample.trace.ids)
+    assert all(r.item.size <= 16 for r in short.as_sampled(part))  # the longest row
 
 
 def test_the_two_views_of_a_response_count_as_one(samples):

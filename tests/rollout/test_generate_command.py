@@ -251,3 +251,14 @@ def test_a_file_without_usable_rows(tmp_path, capsys):
 def test_a_bad_flag_is_named(tmp_path, capsys):
     assert generate(tmp_path, [{"prompt_ids": [1]}], "--top_p", "0") is None
     assert "top_p is 0" in capsys.readouterr().err
+
+
+def test_flags_that_the_model_cannot_take_are_not_called_a_bad_row(tmp_path, capsys):
+    """But a row's own field is, and rows that set it themselves need no good flag."""
+    model, flags = GOLDEN / "llada_tiny", ("--block_size", "4", "--max_tokens", "10")
+    assert generate(tmp_path, [{"prompt_ids": [1], "max_tokens": n} for n in (8, 9)], *flags, model=model) is None
+    error = capsys.readouterr().err
+    assert "prompts.jsonl:2: the row: max_tokens 9 is no multiple" in error and "correct the row" in error
+    assert generate(tmp_path, [{"prompt_ids": [1]}], *flags, "--on_bad_row", "skip", model=model) is None
+    error = capsys.readouterr().err
+    assert "the decoding flags: max_tokens 10 is no multiple of block_size 4" in error and "the row" not in error

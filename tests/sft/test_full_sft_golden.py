@@ -11,9 +11,8 @@ import jax
 import numpy as np
 import pytest
 from golden_utils import FULL_NAMES, load_golden
-from replay_utils import check_full_gradients, fill_up, read_lists
+from replay_utils import check_full_gradients, pack_to, read_lists
 
-from tracerl_jax.diffusion.packing import pack
 from tracerl_jax.diffusion.replay import causal_item, masking_item, shrunk_steps, slices_item
 from tracerl_jax.models import Model
 from tracerl_jax.parallel.mesh import make_mesh
@@ -84,7 +83,7 @@ def loss_and_gradient(model, params, rows, weights):
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_losses_and_gradients(name, case):
     golden, _, data, _, pieces = load(name, case)
-    rows = fill_up(pack([piece for _, piece in pieces], row_length=SHAPE[1]), SHAPE)
+    rows = pack_to([piece for _, piece in pieces], SHAPE)
     counts = np.array([len(piece.target_ids) for _, piece in pieces])
     weights = np.where(rows.target_item >= 0, 1 / (counts * len(counts))[rows.target_item], 0).astype(np.float32)
     (loss, logp), grads = loss_and_gradient(Model(golden.config), golden.params_new, rows, weights)
@@ -98,7 +97,7 @@ def test_losses_and_gradients(name, case):
 def test_a_mesh_changes_nothing():
     """Rows over data and fsdp, heads, biases and vocabulary over tensor."""
     golden, *_, pieces = load("dream_tiny", "f02")
-    rows = fill_up(pack([piece for _, piece in pieces], row_length=SHAPE[1]), (4, *SHAPE[1:]))
+    rows = pack_to([piece for _, piece in pieces], (4, *SHAPE[1:]))
     model = Model(golden.config, mesh=make_mesh(2, 2, 2))
     sharded = jax.device_put(golden.params_new, param_shardings(model, model.mesh))
     (loss, logp), grads = loss_and_gradient(model, sharded, put_batch(rows, model.mesh), rows.target_weight)

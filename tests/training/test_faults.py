@@ -51,10 +51,6 @@ def test_another_config_is_refused_with_a_diff_and_nothing_is_touched(whole, tmp
         ("--config.rl.shrink=2", "set rl.old_logprobs=recompute"),
         ("--config.rl.block_size=8", "set rl.old_logprobs=recompute"),  # the model's is 4
         (
-            "--config.rl.shrink=2 --config.rl.old_logprobs=recompute --config.rl.importance_sampling=token",
-            "set rl.importance_sampling=none",
-        ),
-        (
             "--config.rl.method=coupled --config.rl.old_logprobs=recompute --config.rl.importance_sampling=token",
             "rl.method=coupled scores other states",
         ),
@@ -190,6 +186,7 @@ def test_a_run_that_failed_before_its_first_row_may_be_mended_under_the_same_nam
     rows.write_text('{"prompt": "1+1=", "response": "2"}\n{"prompt": "1+2="}\n')
     config = config_file(tmp_path / "config.py", sft__path=str(rows), sft__steps=1, rl__steps=0, eval__strategies=[])
     command = ["sft", "--config", config, f"--config.model.path={tmp_path / 'model'}", "--config.model.preset=none"]
+    command += ["--profile", "1:1"]
     model_folder(whole, tmp_path / "model", num_hidden_layers=3)
     assert main(command) == 2
     assert "rows.jsonl:2: missing field 'response'" in capsys.readouterr().err  # named before the weights are read
@@ -200,6 +197,7 @@ def test_a_run_that_failed_before_its_first_row_may_be_mended_under_the_same_nam
     model_folder(whole, tmp_path / "model")
     assert main([*command, "--config.seed=7"]) == 0
     assert read_json(tmp_path / "run" / "config.json")["seed"] == 7
+    assert len(list((tmp_path / "run" / "profile").glob("**/*.xplane.pb"))) == 1
     assert main(command) == 2
     assert "seed: 7 -> 0" in capsys.readouterr().err  # from now on it is held to its config
 
@@ -241,7 +239,7 @@ def test_sft_updates_that_are_not_finite_change_nothing_and_are_counted(whole, t
     evidence = run / "nonfinite-sft-update-3-policy.npz"
     assert "sft update 3, policy: 3 updates in a row had a loss, a gradient or samples that are not finite" in error
     assert str(evidence) in error and "tracerl convert --from" in error
-    assert {"rows.ids", "rows.intervals", "rows.target_weight"} <= set(np.load(evidence))
+    assert {"rows.source_ids", "rows.segments.column", "rows.target_weight"} <= set(np.load(evidence))
     assert main(["sft", "--config", config, "--config.rl.max_skipped_updates=9"]) == 0
     rows = metric_rows(run)
     assert [(row["sft/skipped"], row["sft/loss"]) for row in rows] == [(1, None), (2, None), (3, None), (4, None)]
@@ -270,7 +268,7 @@ def test_rl_updates_that_are_not_finite_change_nothing_and_end_the_run_with_the_
     assert main(["rl", "--config", config, "--config.rl.max_skipped_updates=6"]) == 2
     assert "rl step 2, value: 6 updates in a row" in capsys.readouterr().err
     assert saved_state(run)[1]["skipped_in_a_row"] == {"policy": 4, "value": 4}
-    assert {"rows.ids", "old_values", "returns"} <= set(np.load(run / "nonfinite-rl-step-2-value.npz"))
+    assert {"rows.source_ids", "old_values", "returns"} <= set(np.load(run / "nonfinite-rl-step-2-value.npz"))
     assert main(["rl", "--config", config, "--config.rl.max_skipped_updates=99"]) == 0
     assert [row["updates/skipped"] for row in metric_rows(run)] == [8, 8, 8]
     weights, exported = load_file(Path(folder) / "model.safetensors"), load_file(run / "hf" / "model.safetensors")

@@ -52,6 +52,20 @@ def test_every_step_of_it_updates_both_models(whole):
     assert position["data"] == {"epoch": 0, "position": 12, "seed": 0}
 
 
+def test_every_row_says_how_fast_it_was(whole):
+    rows = list(read_jsonl(whole / "metrics.jsonl"))
+    phases = {"rollout", "values", "update_value", "update_policy", "total"}
+    for row in rows:
+        speeds = {name.split("/")[1] for name in row if name.startswith("chips/") and row[name] > 0}
+        assert speeds == {"rl": phases | {"replay"}, "sft": {"total"}, "eval": set()}[row["phase"]]
+        assert not any(name.startswith("hosts/") for name in row)
+        if jax.default_backend() == "cpu":
+            assert not any("mfu" in name or "hbm" in name for name in row)
+    row = [row for row in rows if row["phase"] == "sft"][-1]
+    assert row["sft/tokens_per_second"] == pytest.approx(row["chips/total/tokens_per_second"])
+    assert row["seconds/total"] >= row["seconds/pack"] + row["seconds/update"]
+
+
 def test_the_exported_folder_is_the_last_checkpoint(whole, tmp_path):
     model, params = load_run(whole)
     for folder in (whole / "hf", tmp_path / "converted"):
@@ -165,10 +179,12 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_gives_the_same_bit
 
 
 def test_more_steps_continue_a_finished_run(whole, tmp_path):
-    """Three steps, then six: the same as six at once, but for the evaluation after the third."""
+    """Three steps, then six: the same as six at once, but for the evaluation after the third. The profile of some of
+    them changes nothing."""
     train(tiny(tmp_path, **FULL, rl__steps=3))
     assert read_json(tmp_path / "run" / "summary.json")["eval"].keys() == {"before", "after"}
-    train(tiny(tmp_path, **FULL))
+    train(tiny(tmp_path, **FULL, report__profile="5:2"))
+    assert len(list((tmp_path / "run" / "profile").glob("**/*.xplane.pb"))) == 1
     path = tmp_path / "run" / "metrics.jsonl"
     rows = [row for row in read_jsonl(path) if (row["phase"], row["step"]) != ("eval", 3)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -216,7 +232,8 @@ SHORT = {"sft__steps": 0, "rl__steps": 1, "eval__strategies": [], "rl__old_logpr
             {"model__dtype": "bfloat16", "rollout__top_k": 5, "rollout__kv_dtype": "int8",
              "rl__importance_sampling": "token"}, marks=pytest.mark.slow,
         ),
-        {"model__preset": "tiny_dream", "rollout__first_token": True, "rollout__cache": "dual", "rl__shrink": 2},
+        {"model__preset": "tiny_dream", "rollout__first_token": True, "rollout__cache": "dual", "rl__shrink": 2,
+         "rl__importance_sampling": "token"},
         pytest.param({"model__preset": "tiny_llada", "rl__method": "coupled"}, marks=pytest.mark.slow),
         pytest.param({"rl__method": "random_masking", "rl__epochs": 2}, marks=pytest.mark.slow),
         pytest.param({"rl__shrink": 2, "rl__normaliser": "constant"}, marks=pytest.mark.slow),
@@ -230,6 +247,8 @@ def test_variants_update(tmp_path, changes):
     assert row["updates/skipped"] == 0 and row["policy/grad_norm"] > 0
     if config.rl.epochs == 1:  # the old log-probs are those of the very states that are replayed
         assert row["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
+    if config.rollout.cache != "none":
+        assert row["replay/logprob_gap_max"] > 1e-3 and row["importance/ratio_max"] > 1 + 1e-3
     with run_module.Run(config) as run:
         initial = run.initial_params()
     _, after = load_run(tmp_path / "run")

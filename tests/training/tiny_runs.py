@@ -40,7 +40,7 @@ for _family in ("dream", "llada"):  # full attention; Dream's logits are shifted
     )
 # Everything that has a state of its own: two models, a frozen reference, several updates a step.
 FULL = {"value__enabled": True, "rl__kl_to": "reference", "rl__minibatches": 2, "rl__epochs": 2}
-TIMES = ("seconds/", "_seconds", "tokens_per_second")  # metrics that differ between equal runs
+TIMES = ("seconds/", "_seconds", "per_second", "chips/", "hosts/")  # metrics that differ between equal runs
 
 BASE = {
     "model": {"preset": "tiny_run"},

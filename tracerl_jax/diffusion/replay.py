@@ -26,56 +26,86 @@ from dataclasses import dataclass
 import numpy as np
 
 from tracerl_jax.diffusion.grid import block_of, block_start
+from tracerl_jax.diffusion.trace import Trace
 from tracerl_jax.errors import ConfigError
 
-_ALWAYS, _NEVER = -1, np.iinfo(np.int32).max  # rounds after which a token is visible
+_ALWAYS, _NEVER = -1, np.iinfo(np.int32).max  # rounds behind which a token is shown
 
 
 @dataclass(frozen=True, eq=False)
 class ReplayItem:
     """One response: the clean ids its groups look back on, its groups, and their targets (in order of group, position).
 
-    `clean` holds positions [0, start of the last block that has a group): nobody looks at a later clean token. Without
-    groups (`causal_item`) it is the whole sequence and holds the targets itself.
+    Groups are not written out. `canvas` holds the ids once, and `shown_after` the round from behind which each is seen:
+    a group shows those of earlier rounds than its own. So the rows of a response are made from its ids, its steps and
+    the numbers of its groups, on the device (diffusion/packing.py).
+
+    The clean stream is the canvas up to the start of the last block that has a group: nobody looks at a later clean
+    token. Without groups (`causal_item`) it is the whole sequence and holds the targets itself.
     """
 
-    clean: np.ndarray  # [c] int32
+    canvas: np.ndarray  # [K] int32
+    shown_after: np.ndarray  # [K] int32
+    clean_len: int  # c: of the canvas
     group_start: np.ndarray  # [M] int32, absolute position of the first token of the group's block
-    group_ids: np.ndarray  # [M,B] int32, MASK where hidden
+    group_source: np.ndarray  # [M] int32, where this token is in the canvas
+    group_round: np.ndarray  # [M] int32, index of the group among the states of its block
+    block_size: int  # B
+    mask_id: int
     target_group: np.ndarray  # [n] int32, index into the groups; -1: the clean stream
     target_offset: np.ndarray  # [n] int32, index into the group's B tokens, or the clean stream's
     target_ids: np.ndarray  # [n] int32
     target_weight: np.ndarray  # [n] f32
     target_pos: np.ndarray  # [n] int32, index into the response
-    target_round: np.ndarray  # [n] int32, index of the group among the states of its block
+    target_round: np.ndarray  # [n] int32, of the group
     grid_offset: int  # first position of a whole block: 0, or p mod B with alignment="response"
     response_len: int
 
     @property
-    def block_size(self) -> int:
-        return self.group_ids.shape[1]
+    def clean(self) -> np.ndarray:
+        """[c] ids of the clean stream."""
+        return self.canvas[: self.clean_len]
+
+    @property
+    def group_ids(self) -> np.ndarray:
+        """[M,B] the groups written out, MASK where hidden."""
+        at = self.group_source[:, None] + np.arange(self.block_size)
+        return np.where(self.shown_after[at] < self.group_round[:, None], self.canvas[at], np.int32(self.mask_id))
 
     @property
     def size(self) -> int:
         """Tokens the item takes in a row."""
-        return len(self.clean) + self.group_ids.size
+        return self.clean_len + self.block_size * len(self.group_start)
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens that must lie in one row, see `pieces`."""
+        return self.size if self.clean_len else min(self.size, self.block_size)
+
+    @property
+    def pairs(self) -> int:
+        """Keys that its tokens see, all together."""
+        B, position = self.block_size, np.arange(len(self.clean))
+        ends = block_start(block_of(position, B, self.grid_offset) + 1, B, self.grid_offset)
+        return int(ends.sum()) + B * int((self.group_start + B).sum())
 
     @property
     def target_column(self) -> np.ndarray:
         """[n] index of each target among the item's tokens: the clean stream, then the groups."""
-        group = len(self.clean) + self.block_size * self.target_group
+        group = self.clean_len + self.block_size * self.target_group
         return np.where(self.target_group < 0, 0, group) + self.target_offset
 
     def pieces(self) -> list["ReplayItem"]:
         """Parts that may lie in different rows: groups that look back on nothing do not need each other."""
-        if len(self.clean) or len(self.group_ids) < 2:
+        if self.clean_len or len(self.group_start) < 2:
             return [self]
-        return [self._group(g) for g in range(len(self.group_ids))]
+        return [self._group(g) for g in range(len(self.group_start))]
 
     def _group(self, g: int) -> "ReplayItem":
         mine = self.target_group == g
         return dataclasses.replace(
-            self, group_start=self.group_start[g : g + 1], group_ids=self.group_ids[g : g + 1],
+            self, group_start=self.group_start[g : g + 1], group_source=self.group_source[g : g + 1],
+            group_round=self.group_round[g : g + 1],
             target_group=self.target_group[mine] - g, target_offset=self.target_offset[mine],
             target_ids=self.target_ids[mine], target_weight=self.target_weight[mine], target_pos=self.target_pos[mine],
             target_round=self.target_round[mine],
@@ -126,6 +156,17 @@ def trace_item(
     )  # fmt: skip
 
 
+def item_of_trace(trace: Trace, *, mask_id: int, block_size: int | None = None, shrink: int = 1) -> ReplayItem:
+    """`trace_item` of a recorded trace. By default its groups are the very states in which the sampler drew.
+
+    block_size: of a block-causal model's training, default: the trace's own.
+    """
+    return trace_item(
+        trace.prompt_ids, trace.ids, trace.step_map, block_size=trace.canvas_len or block_size or trace.block_size,
+        mask_id=mask_id, shrink=shrink, tail_ids=trace.tail_ids, tail_step_map=trace.tail_step_map,
+    )  # fmt: skip
+
+
 def masking_item(
     prompt_ids, ids, masked, *, block_size: int, mask_id: int, alignment: str = "absolute", weights=None
 ) -> ReplayItem:
@@ -169,10 +210,16 @@ def causal_item(prompt_ids, ids, *, weights=None) -> ReplayItem:
     """
     weights = np.ones(len(ids), np.float32) if weights is None else np.asarray(weights, np.float32)
     pos = np.flatnonzero(weights).astype(np.int32)
+    nothing, length = np.zeros(0, np.int32), len(prompt_ids) + len(ids)
     return ReplayItem(
-        clean=np.concatenate([prompt_ids, ids]).astype(np.int32),
-        group_start=np.zeros(0, np.int32),
-        group_ids=np.zeros((0, 1), np.int32),  # blocks of 1: the clean stream is causal
+        canvas=np.concatenate([prompt_ids, ids]).astype(np.int32),
+        shown_after=np.full(length, _ALWAYS, np.int32),
+        clean_len=length,
+        group_start=nothing,
+        group_source=nothing,
+        group_round=nothing,
+        block_size=1,  # the clean stream is causal
+        mask_id=0,  # nothing is hidden
         target_group=np.full(len(pos), -1, np.int32),
         target_offset=(len(prompt_ids) + pos).astype(np.int32),
         target_ids=np.asarray(ids, np.int32)[pos],
@@ -246,13 +293,19 @@ def _build(
 
     unknown = np.full(block_size, mask_id)  # the last block may reach beyond all known tokens
     canvas = np.concatenate([prompt_ids, ids, tail_ids, unknown]).astype(np.int32)
-    visible_after = np.concatenate([np.full(prompt_len, _ALWAYS), rounds, tail_rounds, np.full(block_size, _NEVER)])
-    group_start = block_start(group_block, block_size, offset)
-    at = group_start[:, None] + np.arange(block_size)  # [M,B] canvas positions
+    shown_after = np.concatenate([np.full(prompt_len, _ALWAYS), rounds, tail_rounds, np.full(block_size, _NEVER)])
+    group_start = block_start(group_block, block_size, offset).astype(np.int32)
+    clean_len = int(group_start[-1]) if len(group_start) else 0
+    end = clean_len + block_size if len(group_start) else 0
     return ReplayItem(
-        clean=canvas[: group_start[-1]] if len(group_start) else canvas[:0],
-        group_start=group_start.astype(np.int32),
-        group_ids=np.where(visible_after[at] < group_round[:, None], canvas[at], np.int32(mask_id)),
+        canvas=canvas[:end],
+        shown_after=shown_after[:end].astype(np.int32),
+        clean_len=clean_len,
+        group_start=group_start,
+        group_source=group_start,
+        group_round=group_round.astype(np.int32),
+        block_size=block_size,
+        mask_id=mask_id,
         target_group=group.astype(np.int32),
         target_offset=(prompt_len + pos - group_start[group]).astype(np.int32),
         target_ids=canvas[prompt_len + pos],

@@ -13,13 +13,50 @@ The reference is dLLM-RL (arXiv 2509.06949): its grid is `alignment="response"`,
 and `post_num`. With `alignment="absolute"` the noisy part opens with the prompt's last p mod B tokens.
 """
 
+import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
+import jax
 import numpy as np
 
 from tracerl_jax.diffusion.grid import block_of, block_start
-from tracerl_jax.diffusion.packing import PackedRows
+from tracerl_jax.diffusion.packing import TARGETS, TargetRows, no_targets
 from tracerl_jax.diffusion.replay import shrunk_steps
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=("ids", "positions", "intervals", *TARGETS), meta_fields=(),
+    drop_fields=("response_lens",),
+)  # fmt: skip
+@dataclasses.dataclass(frozen=True, eq=False)
+class RoundRows(TargetRows):
+    """Rows as the reference lays them out, every token written out. What is computed from `PackedRows` can be computed
+    from them."""
+
+    ids: np.ndarray  # [N,T] int32
+    positions: np.ndarray  # [N,T] int32
+    intervals: np.ndarray  # [N,T,4] int32
+    target_index: np.ndarray
+    target_ids: np.ndarray
+    target_weight: np.ndarray
+    target_item: np.ndarray
+    target_pos: np.ndarray
+    target_round: np.ndarray
+    response_lens: tuple[int, ...] = ()
+
+    @classmethod
+    def empty(cls, N: int, T: int, P: int, response_lens: Sequence[int]) -> "RoundRows":
+        zeros = partial(np.zeros, dtype=np.int32)
+        return cls(zeros((N, T)), zeros((N, T)), zeros((N, T, 4)), **no_targets(N, P),
+                   response_lens=tuple(response_lens))  # fmt: skip
+
+    @property
+    def token_count(self) -> int:
+        """Tokens that are not padding; `ids.size` are computed."""
+        s1, e1, s2, e2 = np.moveaxis(self.intervals, -1, 0)
+        return int(((s1 < e1) | (s2 < e2)).sum())
+
 
 State = tuple[np.ndarray, np.ndarray]  # hidden [r] bool: MASK in the noisy response; selected [r] bool: the targets
 
@@ -59,7 +96,7 @@ def round_rows(
     pad_id: int,
     alignment: str = "response",
     post_num: int | None = None,
-) -> PackedRows:
+) -> RoundRows:
     """One row per response and state that has a target, in this order; T and P are the smallest that fit.
 
     Blocks are cut at the end of the response, so a response whose last block had hidden tokens behind it is passed with
@@ -78,7 +115,7 @@ def round_rows(
                 rows.append((item, number, hidden, kept))
     T = L0 + L1 + max(head + len(response) for head, response in zip(heads, responses, strict=True))
     P = max((int(kept.sum()) for *_, kept in rows), default=1)
-    packed = PackedRows.empty(len(rows), T, P, [len(response) for response in responses])
+    packed = RoundRows.empty(len(rows), T, P, [len(response) for response in responses])
     packed.ids[:], packed.positions[:] = pad_id, 1  # what the reference gives to pads
 
     for n, (item, number, hidden, kept) in enumerate(rows):

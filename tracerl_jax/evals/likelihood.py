@@ -92,23 +92,27 @@ def _drawn_items(
             prompt, completion, rank < hidden, block_size=block_size, mask_id=mask_id,
             weights=length / (hidden * draws),
         ))  # fmt: skip
-    noisy = max((item.group_ids.size for item in masked_items), default=0)
+    noisy = max((item.size - item.clean_len for item in masked_items), default=0)
     together = max(1, (most - p - r) // max(noisy, 1))  # draws that share one clean stream
     return [_joined(masked_items[i : i + together]) for i in range(0, draws, together)]
 
 
 def _joined(items: Sequence[ReplayItem]) -> ReplayItem:
     """The groups of items of one response in one item, which reads the clean tokens once."""
+    # Every item shows other tokens, so each keeps its canvas; all of them begin with the same clean stream.
+    items = sorted(items, key=lambda item: -item.clean_len)
     counts = [len(item.group_start) for item in items]
     groups = np.cumsum([0, *counts[:-1]])
+    canvases = np.cumsum([0, *(len(item.canvas) for item in items[:-1])], dtype=np.int32)
 
     def together(name: str) -> np.ndarray:
         return np.concatenate([getattr(item, name) for item in items])
 
-    names = ("group_start", "group_ids", "target_offset", "target_ids", "target_weight", "target_pos", "target_round")
+    names = ("canvas", "shown_after", "group_start", "group_round", "target_offset", "target_ids", "target_weight",
+             "target_pos", "target_round")  # fmt: skip
     return dataclasses.replace(
         items[0],
-        clean=max((item.clean for item in items), key=len),
+        group_source=np.concatenate([item.group_source + at for item, at in zip(items, canvases, strict=True)]),
         target_group=np.concatenate([item.target_group + at for item, at in zip(items, groups, strict=True)]),
         **{name: together(name) for name in names},
     )

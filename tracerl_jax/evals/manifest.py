@@ -34,10 +34,11 @@ def make_manifest(
     dtype: str,
     tasks: Mapping[str, tuple[Task, Sequence[Problem], int]],
     strategies: Mapping[str, SamplingOptions],
+    cache: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """`tasks`: name -> (task, its problems, answers per problem)."""
+    """`tasks`: name -> (task, its problems, answers per problem); `cache`: settings of one that is not exact."""
     return {
-        "model": {"files": digest_files(model), "dtype": dtype},
+        "model": {"files": digest_files(model), "dtype": dtype, **(cache or {})},
         "tasks": {
             name: {
                 "problems": len(problems),

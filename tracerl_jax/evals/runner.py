@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tracerl_jax.config import RunConfig
 from tracerl_jax.data.prompts import Problem
 from tracerl_jax.diffusion.trace import Trace
 from tracerl_jax.errors import ConfigError
@@ -36,20 +37,47 @@ def protocol(
     block_size: int | None = None,
     threshold: float = 0.9,
     temperature: float = 1.0,
+    static_temperature: float = 0.0,
     seed: int = 0,
+    **how: Any,
 ) -> SamplingOptions:
     """The two ways of the TraceRL paper to decode for its tables (arXiv 2509.06949, section 5).
 
     dynamic: reveal what is more confident than `threshold`, sample at `temperature`.
-    static: greedy, one token per denoise step; `threshold` and `temperature` do not matter.
+    static: one token per denoise step, at `static_temperature` (0: greedy); `threshold` does not matter.
+
+    `how`: other SamplingOptions, of both.
     """
     if name == "dynamic":
         own = {"strategy": "dynamic", "threshold": threshold, "temperature": temperature}
     elif name == "static":
-        own = {"strategy": "static", "temperature": 0.0}
+        own = {"strategy": "static", "temperature": static_temperature}
     else:
         raise ConfigError(f"unknown evaluation strategy {name!r}; use one of {', '.join(PROTOCOLS)}")
-    return SamplingOptions(max_tokens=max_tokens, block_size=block_size, seed=seed, **own)
+    return SamplingOptions(max_tokens=max_tokens, block_size=block_size, seed=seed, **own, **how)
+
+
+def eval_protocols(config: RunConfig) -> dict[str, SamplingOptions]:
+    """How evaluation decodes, for each of `eval.strategies`: the rollout's way to score and to begin a block, with the
+    evaluation's own numbers. Raises ConfigError naming the key."""
+    section, rollout = config.eval, config.rollout
+    try:
+        return {
+            strategy: protocol(
+                strategy,
+                max_tokens=rollout.max_tokens if section.max_tokens is None else section.max_tokens,
+                block_size=rollout.block_size,
+                threshold=rollout.threshold if section.threshold is None else section.threshold,
+                temperature=section.temperature,
+                static_temperature=section.static_temperature,
+                top_k=section.top_k, top_p=section.top_p,
+                score=rollout.score, confidence=rollout.confidence, first_token=rollout.first_token,
+                seed=config.seed,
+            )
+            for strategy in section.strategies
+        }
+    except ConfigError as error:
+        raise ConfigError(f"eval: {error}") from None
 
 
 def samples_of(options: SamplingOptions, wanted: int) -> int:

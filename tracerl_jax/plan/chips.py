@@ -43,6 +43,17 @@ _CUDA = {
     "h200": ((9, 0), 132, 233_472, 232_448, 52_428_800, 1.98, "NVIDIA H200"),
 }
 
+# What JAX calls the TPUs (`device_kind`); a TPU has had two names at times. GPUs have the name of their board.
+_KINDS = {
+    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e", **{board: name for name, (*_, board) in _CUDA.items()},
+}  # fmt: skip
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that JAX calls so; None for one that is not in the table: a CPU, or another board of the same GPU."""
+    return CHIPS.get(_KINDS.get(device_kind, ""))
+
 
 def cuda_target_config(chip: Chip) -> str:
     """XLA's GpuTargetConfigProto of a chip, as text: only fields that jaxlib 0.10 and 0.12 both know."""

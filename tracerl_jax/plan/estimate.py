@@ -11,9 +11,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from tracerl_jax.plan.decoding import Forwards
 from tracerl_jax.plan.hlo import parse
 from tracerl_jax.plan.hlo_cost import Cost, program_cost
 from tracerl_jax.plan.programs import PlannedProgram, PlannedRun
+from tracerl_jax.plan.replays import StepReplay
 from tracerl_jax.plan.topology import Topology, usable_hbm
 
 log = logging.getLogger(__name__)
@@ -46,6 +48,18 @@ class Estimate:
         return max(times, key=times.get)
 
 
+PHASES = ("rollout", "replay", "policy", "value", "reward")
+
+
+@dataclass(frozen=True)
+class ShrinkCost:
+    """An RL step with one `rl.shrink`, all chips together. None: a program could not be compiled."""
+
+    replay: StepReplay
+    flops: dict[str, float] | None  # by phase, what the programs execute: padding and recomputation included
+    seconds: float | None  # at least
+
+
 @dataclass(frozen=True)
 class Plan:
     topology: Topology
@@ -55,6 +69,8 @@ class Plan:
     resident_bytes: dict[str, float]
     programs: list[Estimate]
     response_tokens: float  # of an RL step
+    forwards: Forwards  # of a response
+    shrinks: list["ShrinkCost"]
 
     @property
     def step_seconds(self) -> float:
@@ -89,7 +105,28 @@ def estimate_run(run: PlannedRun, topology: Topology, mesh: Mesh) -> Plan:
     if run.beside:
         estimates = run_beside(estimates, run.beside, total)
     meshes = (dict(mesh.shape), dict(run.rollout_mesh.shape))
-    return Plan(topology, *meshes, usable_hbm(topology.chip), resident, estimates, run.tokens_per_step)
+    shrinks = [shrink_cost(estimates, replay, topology.chips) for replay in run.replays]
+    return Plan(
+        topology, *meshes, usable_hbm(topology.chip), resident, estimates, run.tokens_per_step, run.forwards, shrinks
+    )
+
+
+def shrink_cost(estimates: list[Estimate], replay: StepReplay, chips: int) -> ShrinkCost:
+    """From the programs of a run with another `rl.shrink`: rows are as long, only more or fewer. (That the head sees
+    more targets in a row of merged states is left out.)"""
+    if any(p.overflow for p in estimates):
+        return ShrinkCost(replay, None, None)
+    runs = {p.name: replay.runs.get(p.name, p.runs) for p in estimates}
+    flops = dict.fromkeys(PHASES, 0.0)
+    for p in estimates:
+        flops[phase_of(p.name)] += chips * runs[p.name] * p.cost.flops
+    return ShrinkCost(replay, flops, sum(runs[p.name] * p.seconds for p in estimates))
+
+
+def phase_of(program: str) -> str:
+    if program in ("sync", "prefill", "decode"):
+        return "rollout"
+    return "value" if program.startswith("value") else program.split()[0]
 
 
 def run_beside(estimates: list[Estimate], names: tuple[str, ...], resident_bytes: float) -> list[Estimate]:

@@ -1,6 +1,5 @@
 """The programs of a run, traced for devices that are not there, and how often an RL step runs each."""
 
-import dataclasses
 import logging
 import math
 import re
@@ -13,7 +12,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tracerl_jax.config import RunConfig
-from tracerl_jax.data.prompts import Problem
 from tracerl_jax.errors import ConfigError
 from tracerl_jax.interop.hf_config import read_model_config
 from tracerl_jax.interop.hf_reward import describe_reward_model
@@ -22,24 +20,32 @@ from tracerl_jax.kernels.dispatch import target_platform
 from tracerl_jax.kernels.logprob.draws import group_size
 from tracerl_jax.models import PRESETS, Model, ModelConfig
 from tracerl_jax.parallel.sharding import batch_sharding, row_shards
+from tracerl_jax.plan.decoding import Forwards, decode_loop, response_forwards
 from tracerl_jax.plan.hlo_cost import KernelCost
 from tracerl_jax.plan.kernel_costs import attention_cost, decode_cost
-from tracerl_jax.plan.workload import Workload, sample_traces
+from tracerl_jax.plan.replays import (
+    StepReplay,
+    built_responses,
+    longest_replays,
+    made_up_replays,
+    samples_of,
+    shrinks,
+    step_replay,
+)
+from tracerl_jax.plan.workload import Workload
 from tracerl_jax.rewards.scorer import row_length, rows_of_batch, score_rows
-from tracerl_jax.rl.experience import Sample
 from tracerl_jax.rl.loop import make_learner
-from tracerl_jax.rl.update import Learner, Replay, plan_replays
+from tracerl_jax.rl.update import Learner
+from tracerl_jax.rollout.canvas import Program as CanvasProgram
+from tracerl_jax.rollout.decode import Program
 from tracerl_jax.rollout.engine import Engine, Request
 from tracerl_jax.rollout.weights import abstract_rollout_params, convert, needs_copy, rollout_model, snapshot
-from tracerl_jax.training.run import engine_config, rollout_options
+from tracerl_jax.training.run import check_canvas, engine_config, rollout_options
 from tracerl_jax.training.step import sharded_abstract_params
 
 log = logging.getLogger(__name__)
 
 KERNELS = ("attention:", "decode_attention:", "token_logprobs:", "sample_tokens:")  # how their errors begin
-
-# Responses that are really packed to find the shapes of micro-batches; the number of rows is scaled up from them.
-PACKED_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,8 @@ class PlannedRun:
     resident: dict[str, Any]  # what stays on the devices during RL, by what it is
     beside: tuple[str, ...]  # programs that run while those of training do, by name
     tokens_per_step: float  # response tokens of an RL step
+    forwards: Forwards  # of a response
+    replays: list[StepReplay]  # by `rl.shrink`, the run's own among them
 
 
 def model_config(config: RunConfig) -> ModelConfig:
@@ -83,10 +91,14 @@ def model_config(config: RunConfig) -> ModelConfig:
 
 
 def preset_like(path: str) -> str | None:
-    """ "models/SDAR-8B-Chat" -> "sdar_8b"."""
-    words = re.sub(r"[^a-z0-9]+", "_", Path(path).name.lower())
-    matches = [name for name in PRESETS if f"{words}_".startswith(f"{name}_")]
-    return max(matches, key=len, default=None)
+    """The preset whose words come in this name in their order: "models/Dream-v0-Instruct-7B" -> "dream_7b"."""
+    words = re.findall(r"[a-z0-9]+", Path(path).name.lower())
+
+    def named(preset):
+        rest = iter(words)
+        return all(word in rest for word in preset.split("_"))  # which consumes `rest`
+
+    return max(filter(named, PRESETS), key=len, default=None)
 
 
 def plan_run(config: RunConfig, mesh: Mesh, workload: Workload) -> PlannedRun:
@@ -105,21 +117,18 @@ def plan_run(config: RunConfig, mesh: Mesh, workload: Workload) -> PlannedRun:
     try:
         # Kernels are chosen for the devices of the mesh in force.
         with jax.sharding.use_abstract_mesh(decoder.mesh.abstract_mesh):
-            programs = _rollout_programs(config, decoder, resident, workload)
+            programs, forwards = _rollout_programs(config, decoder, resident, workload)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            programs += _training_programs(config, learner, resident, workload)
+            training, replays = _training_programs(config, learner, resident, workload)
+            programs += training
             programs += _reward_programs(config, mesh, resident, workload)
     except ValueError as error:
         if not str(error).startswith(KERNELS):
             raise
         raise ConfigError(str(error)) from error  # a kernel that is not made for these sizes says so
     beside = () if config.rl.overlap == "none" else ("prefill", "decode")
-    return PlannedRun(model, decoder.mesh, programs, resident, beside, _samples(config) * workload.response_tokens)
-
-
-def _samples(config: RunConfig) -> int:
-    """Responses of an RL step."""
-    return config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    tokens = samples_of(config) * workload.response_tokens
+    return PlannedRun(model, decoder.mesh, programs, resident, beside, tokens, forwards, replays)
 
 
 def _resident(config: RunConfig, learner: Learner) -> dict[str, Any]:
@@ -134,29 +143,21 @@ def _resident(config: RunConfig, learner: Learner) -> dict[str, Any]:
 
 def _rollout_programs(
     config: RunConfig, model: Model, resident: dict[str, Any], workload: Workload
-) -> list[PlannedProgram]:
-    """Where rollouts overlap with updates, their weights and cache are added to `resident`."""
-    if model.config.attention_mode == "full":
-        raise ConfigError("the rollout of a full-attention model cannot be planned yet; with rl.steps=0 its supervised "
-                          "training can")  # fmt: skip
-    section, samples, policy = config.rollout, _samples(config), resident["policy"]
-    slots, shards = section.slots_per_device * row_shards(model.mesh), row_shards(model.mesh)
+) -> tuple[list[PlannedProgram], Forwards]:
+    """Also what a response takes of them. Where rollouts overlap with updates, their weights and cache are added to
+    `resident`."""
+    section, policy, mesh = config.rollout, resident["policy"], model.mesh
+    slots = section.slots_per_device * row_shards(mesh)
     # The vocabulary is the model's: only a tokenizer would know of padding at its end.
-    engine = Engine(
-        model, abstract_rollout_params(model),
-        engine_config(section, slots),
-    )
+    engine = Engine(model, abstract_rollout_params(model), engine_config(section, slots))
     options = rollout_options(section, seed=0)
     requests = [
         Request(_prompt(i // section.samples_per_prompt, config, model.config), options, sample_index=i)
-        for i in range(samples)
+        for i in range(samples_of(config))
     ]
-    traced, groups = engine.traced(requests), engine.groups(requests)
-    B = options.block_size or model.config.block_size
-    forwards, live = _decoding(config, workload, B, slots, groups > 1)
-    mesh, overlap = model.mesh, config.rl.overlap != "none"
-    if overlap:
-        weights, state = abstract_rollout_params(model), engine.abstract_state(requests)
+    state = engine.abstract_state(requests)
+    if config.rl.overlap != "none":
+        weights = abstract_rollout_params(model)
         resident |= {"rollout weights": weights, "rollout cache": state}
         kept = {"prefill": (weights, state.cache), "decode": (weights, state)}
         # What it makes takes the place of the weights before.
@@ -165,46 +166,95 @@ def _rollout_programs(
         copied = needs_copy(model, policy)
         kept = dict.fromkeys(("prefill", "decode"), () if copied else policy)
         sync = [PlannedProgram("sync", convert.trace(model, policy), mesh, 1, policy)] if copied else []
+    full = model.config.attention_mode == "full"
+    if full:
+        check_canvas(config, config.task.max_prompt_tokens)
+    traced, program = engine.traced(requests), engine.program(requests)
+    fused = not full and program.groups > 1
+    prefill = [] if full else [_prefill(config, model, traced, kept["prefill"])]
+    make = _canvas_decode if full else _block_decode
+    loops, kernel_cost = make(config, model, program, workload, slots, state.canvas.shape[1])
+    decode = PlannedProgram("decode", traced["decode"], mesh, 1, kept["decode"], loops, kernel_cost)
+    forwards = response_forwards(
+        config, model.config, workload.response_tokens, workload.tokens_per_step, fused=fused
+    )
+    return [*sync, *prefill, decode], forwards
+
+
+def _prefill(
+    config: RunConfig, model: Model, traced: dict[str, jax.stages.Traced], kept: Any
+) -> PlannedProgram:
+    mesh, B = model.mesh, config.rollout.block_size or model.config.block_size
     if "prefill" not in traced:
         raise ConfigError(f"task.max_prompt_tokens is {config.task.max_prompt_tokens}, less than a block of {B}")
     prompts = _block_causal(*traced["prefill"].args_info[0][2].shape, B)
-    calls = math.ceil(section.prompts_per_step / shards / (len(prompts) // shards))
-    # The head sees the positions still masked, (tokens_per_step + B) / 2 of a block on average, a group at a time. No
-    # draft is assumed to be right.
-    positions = min(slots, samples) / shards * B * groups
-    head_groups = math.ceil((workload.tokens_per_step + B) / (2 * B) * positions / group_size(round(positions)))
-    chunk = CHUNK[target_platform(mesh.devices.flat[0])]
-    return sync + [
-        PlannedProgram(
-            "prefill", traced["prefill"], mesh, calls, kept["prefill"],
-            kernel_cost=attention_cost(model.config, mesh, prompts[:1], len(prompts)),
-        ),
-        PlannedProgram(
-            "decode", traced["decode"], mesh, 1, kept["decode"],
-            # Of the engine, of the fused head, and of `chunked_decode_attention` for backends without a kernel.
-            {"jit(decode)/while": forwards, "body/shard_map/while": head_groups,
-             "attention/shard_map/while": math.ceil(live / chunk)},
-            decode_cost(model.config, mesh, min(slots, samples), groups * B, live, section.kv_dtype),
-        ),
-    ]  # fmt: skip
+    shards = row_shards(mesh)
+    calls = math.ceil(config.rollout.prompts_per_step / shards / (len(prompts) // shards))
+    cost = attention_cost(model.config, mesh, prompts[:1], len(prompts))
+    return PlannedProgram("prefill", traced["prefill"], mesh, calls, kept, kernel_cost=cost)
 
 
-def _decoding(
-    config: RunConfig, workload: Workload, block_size: int, slots: int, fused: bool
-) -> tuple[float, float]:
-    """(forwards of an RL step's decoding, committed tokens of a slot on average over them).
+def _block_decode(
+    config: RunConfig, model: Model, program: Program, workload: Workload, slots: int, length: int
+) -> tuple[dict[str, float], KernelCost]:
+    """(lengths of its loops, cost of its kernels) of a block-causal model."""
+    mesh, samples, B = model.mesh, samples_of(config), program.block_size
+    loop = decode_loop(config, model.config, workload, samples, slots, fused=program.groups > 1)
+    live = workload.prompt_tokens + workload.response_tokens / 2
+    queries = program.groups * B
+    loops = {
+        "jit(decode)/while": loop.forwards,
+        # Of the fused head, which no draft is assumed to spare anything, and of `chunked_decode_attention` for backends
+        # without a kernel.
+        f"body/{_sharded(mesh)}while": _head_groups(min(slots, samples) / row_shards(mesh) * queries, B, workload),
+        "attention/shard_map/while": math.ceil(live / CHUNK[target_platform(mesh.devices.flat[0])]),
+    }
+    cost = decode_cost(model.config, mesh, min(slots, samples), queries, live, config.rollout.kv_dtype)
+    return loops, cost
 
-    Slots are refilled as they become free, so all of them work until the samples run out, and then the last ones as
-    long as the longest response takes beyond the mean. Each block is denoised and, unless commits are fused, then
-    committed by one more forward, but not the last one.
-    """
 
-    def of(tokens: float) -> float:
-        return tokens / workload.tokens_per_step + (0 if fused else math.ceil(tokens / block_size) - 1)
+def _canvas_decode(
+    config: RunConfig, model: Model, program: CanvasProgram, workload: Workload, slots: int, length: int
+) -> tuple[dict[str, float], KernelCost]:
+    """The same of a full-attention model, in slots of `length` tokens."""
+    mesh, samples, B, c = model.mesh, samples_of(config), program.block_size, model.config
+    shards, active = row_shards(mesh), min(slots, samples)
+    cached = program.cache != "none"
+    together = program.gathered * shards if cached else None
+    loop = decode_loop(config, c, workload, samples, slots, gathered=together)
+    limit = config.task.max_prompt_tokens + config.rollout.max_tokens
+    canvas = np.zeros((1, length, 4), np.int32)
+    canvas[:, :limit, 1] = limit
+    whole = attention_cost(c, mesh, canvas, together or active)
+    # Behind the window lies what is left of the canvas: half of it, on average, where the window is short.
+    before = workload.prompt_tokens + workload.response_tokens / 2
+    behind = max(0.0, limit - before - program.window) if program.cache == "dual" else 0.0
+    cost = decode_cost(c, mesh, active, program.window + program.shift, before + behind, config.rollout.kv_dtype)
 
-    longest, response = config.rollout.max_tokens, workload.response_tokens
-    rounds = max(1.0, _samples(config) / slots)
-    return rounds * of(response) + of(longest) - of(response), workload.prompt_tokens + response / 2
+    def kernel_cost(instruction, operands):
+        return whole(instruction, operands) or cost(instruction, operands)
+
+    share = loop.whole / loop.forwards
+    loops = {
+        "jit(decode)/while": loop.forwards,
+        "body/refresh/while": share, "body/step/while": 1 - share,  # whether a forward is the one or the other
+        f"refresh/while/body/{_sharded(mesh)}while": _head_groups(program.gathered * B, B, workload),
+        f"body/{_sharded(mesh)}while": _head_groups(active / shards * B, B, workload),
+        "attention/shard_map/while": math.ceil((before + behind) / CHUNK[target_platform(mesh.devices.flat[0])]),
+    }  # fmt: skip
+    return loops, kernel_cost
+
+
+def _sharded(mesh: Mesh) -> str:
+    """How the compilers name what runs inside `jax.shard_map`."""
+    return "shard_map/" if mesh.size > 1 else ""
+
+
+def _head_groups(positions: float, block_size: int, workload: Workload) -> int:
+    """How many groups of a chip's `positions` go through the fused head: of those still masked, which are
+    (tokens_per_step + B) / 2 of a block on average."""
+    masked = (workload.tokens_per_step + block_size) / (2 * block_size) * positions
+    return math.ceil(masked / group_size(round(positions)))
 
 
 def _reward_programs(
@@ -225,7 +275,7 @@ def _reward_programs(
     )
     return [
         PlannedProgram(
-            "reward", score_rows.trace(model, params, ids, last), mesh, math.ceil(_samples(config) / rows), params,
+            "reward", score_rows.trace(model, params, ids, last), mesh, math.ceil(samples_of(config) / rows), params,
             kernel_cost=attention_cost(model.config, mesh, _block_causal(1, length, 1), rows),
         )
     ]  # fmt: skip
@@ -248,64 +298,35 @@ def _prompt(group: int, config: RunConfig, model: ModelConfig) -> np.ndarray:
 
 def _training_programs(
     config: RunConfig, learner: Learner, resident: dict[str, Any], workload: Workload
-) -> list[PlannedProgram]:
-    model, mesh = learner.model.config, learner.model.mesh
-    count = min(_samples(config), PACKED_SAMPLES)
-    replays = _replays(config, model, workload, count)
-    tokens = sum(replay.item.size for replay in replays) / count * _samples(config) * workload.kept_fraction
-    # All rows are as long as the longest response needs.
-    longest = Workload(config.task.max_prompt_tokens, config.rollout.max_tokens, workload.tokens_per_step)
-    replays += _replays(config, model, longest, 1)
+) -> tuple[list[PlannedProgram], list[StepReplay]]:
+    """Also how often an RL step runs them, by `rl.shrink`."""
+    model, mesh, rl = learner.model.config, learner.model.mesh, config.rl
+    replays = made_up_replays(config, rl, model, workload, built_responses(config, rl, model, workload))
+    replays += longest_replays(config, rl, model, workload)
     batches, _ = learner.policy_batches(replays)
     values = learner.value_batches(replays)[0][0] if config.value.enabled else None
     intervals = np.concatenate([batch["rows"].intervals for batch in batches])
     intervals = intervals[intervals.any((1, 2))]  # of rows that hold something
-    rows, T = batches[0]["rows"].ids.shape
-    fullness = sum(replay.item.size for replay in replays) / (len(intervals) * T)
-    micro_batches = tokens / fullness / (rows * T)
+    rows, T = batches[0]["rows"].shape
 
     def spec(batch):
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), batch
         )
 
+    block_size = config.rollout.block_size or model.block_size
+    steps = [
+        step_replay(config, model, workload, shrink, learner.row_lengths, rows * T)
+        for shrink in shrinks(rl, block_size)
+    ]
+    (runs,) = (step.runs for step in steps if step.shrink == rl.shrink)
     traced = learner.traced(spec(batches[0]), None if values is None else spec(values))
-    runs, kept = _training_runs(config, micro_batches), _training_arguments(config, resident)
-    attention = attention_cost(model, mesh, intervals, rows)
-    return [
+    kept, attention = _training_arguments(config, resident), attention_cost(model, mesh, intervals, rows)
+    programs = [
         PlannedProgram(name, program, mesh, runs[name], kept[name], kernel_cost=attention)
         for name, program in traced.items()
     ]
-
-
-def _replays(config: RunConfig, model: ModelConfig, workload: Workload, count: int) -> list[Replay]:
-    """Those of `count` made-up responses. `coupled` makes two of each."""
-    B = config.rollout.block_size or model.block_size
-    traces = sample_traces(workload, count, block_size=B, temperature=config.rollout.temperature)
-    problem = Problem(index=0, prompt_text="", prompt_ids=traces[0].prompt_ids, columns={})
-    zeros = np.zeros(workload.response_tokens, np.float32)  # values do not matter here
-    numbers = dict.fromkeys(("old_logp", "reference_logp", "old_values", "returns", "advantages"), zeros)
-    updates = plan_replays(
-        [Sample(problem, trace, "", 0, 0.0, {}, 0.0) for trace in traces],
-        dataclasses.replace(config.rl, minibatches=1, epochs=1),
-        mask_id=model.mask_token_id, block_size=config.rl.block_size or B, seed=0, step=1,
-    )  # fmt: skip
-    return [dataclasses.replace(replay, **numbers) for update in updates for replay in update]
-
-
-def _training_runs(config: RunConfig, micro_batches: float) -> dict[str, float]:
-    """How often an RL step runs each program, with so many micro-batches in a pass over its responses."""
-    rl = config.rl
-    updates = rl.minibatches * rl.epochs
-    gradients = updates * max(1, math.ceil(micro_batches / rl.minibatches))
-    forwards = max(1, math.ceil(micro_batches * rl.epochs))
-    # Where the sampler's log-probs are used, one micro-batch is replayed to compare.
-    replay = (forwards if rl.old_logprobs == "recompute" else 1) + (forwards if rl.kl_to == "reference" else 0)
-    every = config.value.train_every
-    return {
-        "replay": replay, "policy gradient": gradients, "policy apply": updates,
-        "values": forwards, "value gradient": gradients / every, "value apply": updates / every,
-    }  # fmt: skip
+    return programs, steps
 
 
 def _training_arguments(config: RunConfig, resident: dict[str, Any]) -> dict[str, Any]:

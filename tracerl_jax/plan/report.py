@@ -5,13 +5,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from tracerl_jax.config import RunConfig
-from tracerl_jax.plan.estimate import Estimate, Plan
+from tracerl_jax.errors import ConfigError
+from tracerl_jax.plan.estimate import PHASES, Estimate, Plan
 from tracerl_jax.plan.workload import Workload
 from tracerl_jax.units import GIB, format_bytes
 
 
-def plan_dict(plan: Plan, config: RunConfig, workload: Workload) -> dict[str, Any]:
-    """Everything in base units: bytes and FLOPs per chip, seconds. JSON-able."""
+def check_utilisation(utilisation: float) -> None:
+    if not 0 < utilisation <= 1:
+        raise ConfigError(f"utilisation is {utilisation}, must lie in (0, 1]")
+
+
+def plan_dict(plan: Plan, config: RunConfig, workload: Workload, utilisation: float) -> dict[str, Any]:
+    """Everything in base units: bytes and FLOPs per chip, seconds. JSON-able.
+
+    `utilisation`: share of the chip's peak rates, for estimates of time that are no lower bounds.
+    """
     return {
         "name": config.name,
         "topology": plan.topology.name,
@@ -27,6 +36,19 @@ def plan_dict(plan: Plan, config: RunConfig, workload: Workload) -> dict[str, An
         "step_seconds": plan.step_seconds,
         "response_tokens": plan.response_tokens,
         "programs": [_program_dict(p) for p in plan.programs],
+        "forwards_per_response": dataclasses.asdict(plan.forwards),
+        "utilisation": utilisation,
+        "shrink": {
+            str(cost.replay.shrink): {
+                "responses": cost.replay.responses,
+                "replay": dataclasses.asdict(cost.replay.count),
+                "runs_per_step": cost.replay.runs,
+                "flops": cost.flops,  # of all chips
+                "step_seconds": cost.seconds,
+                "estimated_seconds": cost.seconds and cost.seconds / utilisation,
+            }
+            for cost in plan.shrinks
+        },
     }
 
 
@@ -60,8 +82,8 @@ def _sent(p: Estimate) -> dict[str, float]:
     return {f"{kind} over {axes}": sent for (kind, axes), sent in p.cost.collective_bytes.most_common()}
 
 
-def format_plan(plan: Plan, config: RunConfig, workload: Workload) -> str:
-    """The table, the memory that stays, what is sent, the step's time, and the verdict."""
+def format_plan(plan: Plan, config: RunConfig, workload: Workload, utilisation: float) -> str:
+    """The table, the memory that stays, what is sent, the step by `rl.shrink`, and the verdict."""
     chip, mesh = plan.topology.chip, _mesh(plan.mesh)
     share = f", of {format_bytes(chip.hbm_bytes)} (XLA_PYTHON_CLIENT_MEM_FRACTION)" if chip.platform == "cuda" else ""
     mesh += f", in decoding {_mesh(plan.rollout_mesh)}" if plan.rollout_mesh != plan.mesh else ""
@@ -89,7 +111,41 @@ def format_plan(plan: Plan, config: RunConfig, workload: Workload) -> str:
     missing += sorted({f"  {p.name}: loop {what}" for p in plan.programs for what in p.cost.unknown_loops})
     if missing:
         lines += ["", "counted too low (FLOPs of unknown kernels, loops of unknown length):", *missing]
-    return "\n".join([*lines, "", *_verdict(plan, config)])
+    return "\n".join([*lines, "", *_shrink_table(plan, config, utilisation), "", *_verdict(plan, config)])
+
+
+def _shrink_table(plan: Plan, config: RunConfig, utilisation: float) -> list[str]:
+    """What an RL step computes, with the run's shrink and with others."""
+    f, samples = plan.forwards, config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    kinds = [f"{_number(f.steps)} denoise steps"]
+    kinds += [f"{_number(f.whole)} of them of the whole canvas"] * (f.whole > 0)
+    kinds += [f"{_number(f.commits)} commits"] * (f.commits > 0)
+    lines = [f"a response takes {_number(f.total)} forwards ({', '.join(kinds)}); {samples:,} responses an RL step"]
+    known = plan.shrinks[0].flops
+    phases = [phase for phase in PHASES if known is None or known[phase]]
+    heading = ("shrink", "states/response", "rows", "Mtokens", "micro-batches",
+               *([f"{phase} PFLOP" for phase in phases] if known else ()), "step at least", f"at {utilisation:.0%}")
+    rows = [heading]
+    for cost in plan.shrinks:
+        count, own = cost.replay.count, "*" * (cost.replay.shrink == config.rl.shrink)
+        times = ("-", "-") if cost.seconds is None else map(_duration, (cost.seconds, cost.seconds / utilisation))
+        rows.append((
+            f"{cost.replay.shrink}{own}", _number(count.states / cost.replay.responses), f"{count.rows:,.0f}",
+            _number(count.tokens / 1e6), f"{cost.replay.runs['policy gradient']:,.0f}",
+            *([_number(cost.flops[phase] / 1e15) for phase in phases] if known else ()), *times,
+        ))  # fmt: skip
+    return [
+        *lines, *_columns(rows), "",
+        "shrink: merged denoise steps, * the config's. States, rows, tokens: of one pass over the responses kept.",
+        f"PFLOP: of all chips, padding and recomputation included. At {utilisation:.0%}: of the chip's peak rates, all "
+        "of which the lower bound takes for granted.",
+    ]  # fmt: skip
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return _seconds(seconds)
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
 
 
 _HEADINGS = ("program", "runs", "args", "temp", "peak GiB", "TFLOP", "HBM GB", "compute", "HBM", "links ms",

@@ -6,7 +6,7 @@ import numpy as np
 
 from tracerl_jax.config import RunConfig
 from tracerl_jax.diffusion.grid import round_up
-from tracerl_jax.diffusion.reveal import LINSPACE, SEQUENTIAL, STATIC, strategy_code
+from tracerl_jax.diffusion.reveal import LINSPACE, SEQUENTIAL, STATIC, schedule, strategy_code
 from tracerl_jax.diffusion.trace import Trace
 from tracerl_jax.errors import ConfigError
 
@@ -51,13 +51,15 @@ def assume(
     """
     rollout = config.rollout
     if tokens_per_step is None:
-        scheduled = strategy_code(rollout.strategy) in (STATIC, SEQUENTIAL, LINSPACE)
-        steps = min(rollout.denoising_steps or block_size, block_size)
-        tokens_per_step = block_size / steps if scheduled else min(TOKENS_PER_STEP, block_size)
+        tokens_per_step = min(TOKENS_PER_STEP, block_size)
+        if strategy_code(rollout.strategy) in (STATIC, SEQUENTIAL, LINSPACE):
+            steps = rollout.denoising_steps or block_size
+            counts = schedule(rollout.strategy, block_size, steps, rollout.first_token)
+            tokens_per_step = block_size / (1 + np.searchsorted(np.cumsum(counts), block_size))
     found = Workload(
         config.task.max_prompt_tokens if prompt_tokens is None else prompt_tokens,
         rollout.max_tokens if response_tokens is None else response_tokens,
-        tokens_per_step,
+        float(tokens_per_step),
         kept_fraction,
     )
     for name, size, limit, key in (
@@ -70,22 +72,29 @@ def assume(
     return found
 
 
-def sample_traces(workload: Workload, count: int, *, block_size: int, temperature: float, seed: int = 0) -> list[Trace]:
-    """Traces of the workload's lengths with random steps; ids and log-probs are zeros."""
+def sample_traces(
+    workload: Workload, count: int, *, block_size: int, temperature: float, canvas_response: int = 0, seed: int = 0
+) -> list[Trace]:
+    """Traces of the workload's lengths with random steps; ids and log-probs are zeros.
+
+    canvas_response: tokens of a response at full length, of a full-attention model; 0: block-causal.
+    """
     rng = np.random.default_rng(seed)
     p, r = workload.prompt_tokens, workload.response_tokens
-    end = round_up(p + r, block_size)
+    first = p if canvas_response else p // block_size * block_size  # start of the first block
+    end = first + round_up(p + r - first, block_size)
     traces = []
     for index in range(count):
-        # Steps are drawn for whole blocks from the start of the block that the prompt ends in.
-        steps = random_steps(rng, end - p // block_size * block_size, block_size, workload.tokens_per_step)
-        steps = np.unique(steps[p % block_size :], return_inverse=True)[1] + 1
+        # Steps are drawn for whole blocks; those of prompt tokens in the first block drop out.
+        steps = random_steps(rng, end - first, block_size, workload.tokens_per_step)
+        steps = np.unique(steps[p - first :], return_inverse=True)[1] + 1
         zeros = np.zeros(r, np.float32)
         trace = Trace(
             prompt_ids=np.zeros(p, np.int32), ids=np.zeros(r, np.int32), step_map=steps[:r].astype(np.int32),
             logprobs=zeros, behaviour_logprobs=zeros, tail_ids=np.zeros(end - p - r, np.int32),
             tail_step_map=steps[r:].astype(np.int32), block_size=block_size, temperature=temperature,
             denoise_forwards=int(steps.max()), stop_reason="length", sample_index=index,
+            canvas_len=p + canvas_response if canvas_response else 0,
         )  # fmt: skip
         traces.append(trace)
     return traces

@@ -74,6 +74,12 @@ CHARTS = (
     Chart("Time", "Seconds per step, by phase", {"seconds/*": "*"}, "seconds", "stack"),
     Chart("Time", "Beside the updates", {"overlap/*_seconds": "*"}, "seconds"),
     Chart("Time", "Rollout speed", {"rollout/tokens_per_second": "tokens per second"}),
+    Chart("Chips", "Model FLOPs utilisation", {"chips/*/mfu": "*"}, "percent"),
+    Chart("Chips", "Model FLOPs per second and chip", {"chips/*/flops_per_second": "*"}, "log"),
+    Chart("Chips", "Tokens per second and chip", {"chips/*/tokens_per_second": "*"}, "log"),
+    Chart("Chips", "Memory of the fullest chip, GiB", {"chips/hbm_gib": "in use", "chips/hbm_peak_gib": "peak"}),
+    Chart("Hosts", "Slowest process, seconds over the median's", {"hosts/*/ratio": "*"}),
+    Chart("Hosts", "Which process is the slowest", {"hosts/*/slowest": "*"}),
     Chart("Supervised warm-up", "Loss", {"sft/loss": "loss"}),
     Chart("Supervised warm-up", "Gradient norm", {"sft/grad_norm": "before clipping"}),
     Chart("Supervised warm-up", "Learning rate", {"sft/lr": "learning rate"}),
@@ -81,7 +87,14 @@ CHARTS = (
     Chart("Supervised warm-up", "Accuracy", {"sft/eval/*/accuracy": "held-out, *"}, "percent"),
     Chart("Supervised warm-up", "Tokens per denoise step", {"sft/eval/*/tokens_per_step": "held-out, *"}),
     Chart("Supervised warm-up", "Speed", {"sft/tokens_per_second": "tokens per second"}),
-    Chart("Supervised warm-up", "Seconds per step, by phase", {"sft/seconds/*": "*"}, "seconds", "stack"),
+    Chart("Supervised warm-up", "Seconds between rows, by phase", {"sft/seconds/*": "*"}, "seconds", "stack"),
+    Chart("Supervised warm-up", "Model FLOPs utilisation", {"sft/chips/*/mfu": "*"}, "percent"),
+    Chart("Supervised warm-up", "Model FLOPs per second and chip", {"sft/chips/*/flops_per_second": "*"}, "log"),
+    Chart("Supervised warm-up", "Tokens per second and chip", {"sft/chips/*/tokens_per_second": "*"}),
+    Chart("Supervised warm-up", "Memory of the fullest chip, GiB",
+          {"sft/chips/hbm_gib": "in use", "sft/chips/hbm_peak_gib": "peak"}),
+    Chart("Supervised warm-up", "Slowest process, seconds over the median's", {"sft/hosts/*/ratio": "*"}),
+    Chart("Supervised warm-up", "Which process is the slowest", {"sft/hosts/*/slowest": "*"}),
 )  # fmt: skip
 
 

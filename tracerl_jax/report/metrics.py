@@ -1,6 +1,7 @@
 """Metric writers: one JSON line per step always, a console line or progress bar, TensorBoard and W&B by name.
 
-    device (sum, count) pairs -> DelayedMetrics -> MetricLog -> JsonlWriter, ConsoleWriter, TensorboardWriter, ...
+    device (sum, count) pairs -> DelayedMetrics -> MetricLog -> JsonlWriter, ConsoleWriter
+                                                             -> BackgroundWriter -> TensorboardWriter, WandbWriter
 
 The names and what healthy values look like are in docs/metrics.md. In a multi-host run only process 0 opens a run
 folder; the others use `MetricLog([], phase)`, which discards.
@@ -8,12 +9,15 @@ folder; the others use `MetricLog([], phase)`, which discards.
 
 import contextlib
 import importlib
+import logging
 import math
 import os
+import queue
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TextIO
 
 import jax
@@ -22,7 +26,10 @@ from tqdm import tqdm
 from tracerl_jax.errors import ConfigError
 from tracerl_jax.files import replacing
 from tracerl_jax.parallel import watchdog
+from tracerl_jax.report.flops import Work
 from tracerl_jax.report.run_dir import RunDir
+
+log = logging.getLogger(__name__)
 
 Scalar = Any  # float, numpy scalar or 0-d device array
 Pair = tuple[Scalar, Scalar]  # (sum, count)
@@ -91,19 +98,23 @@ class PhaseTimer:
 
         with timer.step(7):
             with timer("rollout"): ...
+            timer.count("rollout", Work(tokens, flops))
         timer.seconds() -> {"seconds/rollout": 3.1, "seconds/total": 3.2}
 
     Dispatch is asynchronous: device work counts to the phase that waits for its result.
     """
 
     def __init__(self):
+        self.restart()
+
+    def restart(self) -> None:
         self._start = time.perf_counter()
         self._seconds: dict[str, float] = {}
+        self.work: dict[str, Work] = {}  # by phase, since the step began
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
-        self._start = time.perf_counter()
-        self._seconds = {}
+        self.restart()
         with jax.profiler.StepTraceAnnotation("step", step_num=step):
             yield
 
@@ -115,6 +126,9 @@ class PhaseTimer:
                 yield
         finally:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def count(self, phase: str, work: Work) -> None:
+        self.work[phase] = self.work[phase] + work if phase in self.work else work
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each phase since the step began (one entered twice adds up) and of the whole step until now."""
@@ -141,14 +155,15 @@ EVAL_FIGURES = ("accuracy", "tokens_per_step")
 KEY_FIGURES = {
     "sft": (
         ("sft/loss", "loss", "{:.4f}"), ("sft/grad_norm", "grad", "{:.2f}"), ("sft/lr", "lr", "{:.1e}"),
-        ("sft/tokens_per_second", "tok/s", "{:,.0f}"),
+        ("sft/tokens_per_second", "tok/s", "{:,.0f}"), ("chips/total/mfu", "mfu", "{:.1%}"),
     ),
     "rl": (
         ("reward", "reward", "{:.3f}"), ("accuracy", "accuracy", "{:.1%}"),
         ("response_length/mean", "length", "{:.0f}"), ("rollout/tokens_per_denoise_step", "tok/step", "{:.2f}"),
         ("policy/kl", "kl", "{:.1e}"), ("policy/clip_fraction", "clip", "{:.1%}"),
         ("value/explained_variance", "ev", "{:.2f}"), ("replay/logprob_gap_max", "gap", "{:.0e}"),
-        ("updates/skipped", "skipped", "{:.0f}"), ("seconds/total", "s", "{:.1f}"),
+        ("updates/skipped", "skipped", "{:.0f}"), ("chips/total/mfu", "mfu", "{:.1%}"),
+        ("seconds/total", "s", "{:.1f}"),
     ),
 }  # fmt: skip
 
@@ -201,8 +216,9 @@ class TensorboardWriter:
     """Event files in <run>/tensorboard/<phase>. Events after `first_step` (left by an interrupted run) are hidden."""
 
     def __init__(self, run: RunDir, phase: str, first_step: int = 0):
-        module = _import_extra("tensorboardX", "tensorboard")
-        self._writer = module.SummaryWriter(str(run.path / "tensorboard" / phase), purge_step=first_step + 1)
+        import tensorboardX
+
+        self._writer = tensorboardX.SummaryWriter(str(run.path / "tensorboard" / phase), purge_step=first_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float], phase: str) -> None:
         for name, value in metrics.items():
@@ -219,7 +235,8 @@ class WandbWriter:
     """
 
     def __init__(self, run: RunDir):
-        wandb = _import_extra("wandb", "wandb")
+        import wandb
+
         id_file = run.path / "wandb_id"
         if not id_file.exists():
             with replacing(id_file) as file:
@@ -238,31 +255,82 @@ class WandbWriter:
         self._wandb_run.finish()
 
 
-def _import_extra(module: str, extra: str):
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(
-            f"metric writer {extra!r} needs the package {module}: pip install 'tracerl_jax[{extra}]', "
-            f"or leave {extra!r} out of the writers"
-        ) from error
+class BackgroundWriter:
+    """A writer in a thread of its own: one that is slow, waits for a network or fails neither holds training up nor
+    stops it. What it misses is said once in the log; metrics.jsonl has every row.
+
+    Args:
+      name: for messages.
+      make: opens the writer, in the thread.
+      rows: that may wait for it; more are left out.
+      seconds: that `close` waits for it.
+    """
+
+    def __init__(self, name: str, make: Callable[[], MetricWriter], rows: int = 1000, seconds: float = 15.0):
+        self.name, self.seconds = name, seconds
+        self._rows: queue.Queue[tuple | None] = queue.Queue(rows)
+        self._left_out, self._closing = 0, threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(make,), name=f"writer-{name}", daemon=True)
+        self._thread.start()
+
+    def write(self, step: int, metrics: Mapping[str, float], phase: str) -> None:
+        try:
+            self._rows.put_nowait((step, dict(metrics), phase))
+        except queue.Full:
+            self._left_out += 1
+            if self._left_out == 1:
+                log.warning("metric writer %s is too slow: it does not get rows from step %d on", self.name, step)
+
+    def close(self) -> None:
+        """Waits until every row is written, for `seconds` at most; then the thread is left to itself."""
+        self._closing.set()
+        with contextlib.suppress(queue.Full):
+            self._rows.put_nowait(None)  # wakes the thread
+        self._thread.join(self.seconds)
+        if self._thread.is_alive():
+            log.warning("metric writer %s is not done after %.0f s and is left behind", self.name, self.seconds)
+
+    def _run(self, make: Callable[[], MetricWriter]) -> None:
+        try:
+            writer = make()
+            with contextlib.closing(writer):
+                for row in self._waiting():
+                    writer.write(*row)
+        except Exception as error:  # whatever a package of others raises
+            log.warning("metric writer %s has failed and gets no more rows (%s: %s)", self.name, type(error).__name__,
+                        error)  # fmt: skip
+            for _ in self._waiting():  # nobody must find the queue full
+                pass
+
+    def _waiting(self) -> Iterator[tuple]:
+        while not (self._closing.is_set() and self._rows.empty()):
+            if (row := self._rows.get()) is not None:
+                yield row
 
 
 def open_log(
     run: RunDir, phase: str, *, total_steps: int | None = None, first_step: int = 0, writers: Sequence[str] = ()
 ) -> MetricLog:
-    """The log of one loop: JSONL and console always, and each of `writers` ("tensorboard", "wandb").
+    """The log of one loop: JSONL and console always, and each of `writers` ("tensorboard", "wandb") in a thread.
 
     `first_step` is the step of the checkpoint the loop continues from. Raises ConfigError for an unknown or
     missing writer.
     """
     opened: list[MetricWriter] = [JsonlWriter(run), ConsoleWriter(phase, total_steps, first_step)]
+    makers = {
+        "tensorboard": ("tensorboardX", lambda: TensorboardWriter(run, phase, first_step)),
+        "wandb": ("wandb", lambda: WandbWriter(run)),
+    }
     for name in writers:
-        match name:
-            case "tensorboard":
-                opened.append(TensorboardWriter(run, phase, first_step))
-            case "wandb":
-                opened.append(WandbWriter(run))
-            case _:
-                raise ConfigError(f"unknown metric writer {name!r}: use 'tensorboard' or 'wandb'")
+        if name not in makers:
+            raise ConfigError(f"unknown metric writer {name!r}: use {' or '.join(map(repr, makers))}")
+        module, make = makers[name]
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ConfigError(
+                f"metric writer {name!r} needs the package {module}: pip install 'tracerl_jax[{name}]', "
+                f"or leave {name!r} out of the writers"
+            ) from error
+        opened.append(BackgroundWriter(name, make))
     return MetricLog(opened, phase)

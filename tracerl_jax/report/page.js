@@ -45,6 +45,17 @@ function showResults(root) {
   root.append(el("div", { class: "results" }, ...tables));
 }
 
+function showHosts(root) {
+  const { phase, steps, phases, processes, rows } = DATA.hosts;
+  root.append(el("h2", { text: "Processes" }),
+    el("p", { text: `Mean seconds over the last ${steps} rows of ${phase}, the slowest in rollout, reward or pack first`
+      + (rows.length < processes ? `; ${rows.length} of ${processes} processes.` : ".") }),
+    el("div", { class: "card hosts" }, el("table", {},
+      el("thead", {}, el("tr", {}, ...["process", ...phases].map((name) => el("th", { scope: "col", text: name.replace(/_/g, " ") })))),
+      el("tbody", {}, ...rows.map(([index, ...each]) => el("tr", {}, el("td", { text: index }),
+        ...each.map((value) => el("td", { text: seconds(value) }))))))));
+}
+
 function showConfig(root) {
   const entries = Object.entries(DATA.config);
   if (!entries.length) return;
@@ -58,6 +69,7 @@ const when = (sample) => `${sample.phase} ${sample.step}`;
 showHeader();
 showResults(section("results"));
 showCurves(section("curves"));
+if (DATA.hosts.rows) showHosts(section("hosts"));
 showSamples(section("samples"), {
   columns: [
     { name: "step", value: when },

@@ -10,9 +10,11 @@ from tracerl_jax.errors import DataError
 from tracerl_jax.files import replacing
 from tracerl_jax.folder_lock import is_locked
 from tracerl_jax.report.charts import build_charts, collect_series
+from tracerl_jax.report.hosts import host_table
 from tracerl_jax.report.html import render_page
 from tracerl_jax.report.run_dir import (
     CONFIG,
+    HOSTS,
     METRICS,
     SAMPLES,
     SUMMARY,
@@ -59,6 +61,7 @@ def _page_data(run_dir: Path) -> dict[str, Any]:
         "config": flatten(read_json(run_dir / CONFIG)),
         "eval": summary.get("eval", {}),
         "charts": build_charts(series),
+        "hosts": host_table(read_jsonl(run_dir / HOSTS)),
         "skipped": [(step, value) for step, value in series.get("updates/skipped", []) if value],
         "samples": samples,
         "samples_total": total,

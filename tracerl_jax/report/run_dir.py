@@ -4,6 +4,7 @@
       config.json     resolved config the run was made with
       metrics.jsonl   one row per step and phase
       samples.jsonl   one row per kept sample (report/samples.py)
+      hosts.jsonl     of several processes: seconds of every phase by process, one row per step (report/speed.py)
       summary.json    evaluation before and after, status
       lock            held (fcntl) by the process that writes the folder
 
@@ -27,6 +28,7 @@ Row = dict[str, Any]
 
 PHASES = ("sft", "rl")  # in the order of a run; rows of phase "eval" stand between theirs
 CONFIG, METRICS, SAMPLES, SUMMARY = "config.json", "metrics.jsonl", "samples.jsonl", "summary.json"
+HOSTS = "hosts.jsonl"
 
 # Keys of an existing run that may change (shell patterns): how long it goes on, how often it looks at itself, and how
 # the work is laid out on devices, or how a judge is reached, which leaves the objective as it was.
@@ -53,7 +55,7 @@ class RunDir:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(self.path, "run folder", "choose another run name")
-        for name in (METRICS, SAMPLES):
+        for name in (METRICS, SAMPLES, HOSTS):
             with writing(self.path / name):
                 cut_torn_line(self.path / name)
         self._running = False
@@ -101,6 +103,9 @@ class RunDir:
     def append_samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
         append_jsonl(self.path / SAMPLES, rows)
 
+    def append_hosts(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        append_jsonl(self.path / HOSTS, rows)
+
     def truncate_after(self, step: int, phase: str) -> None:
         """Drop what was written after the checkpoint of `step` of `phase` that the run continues from.
 
@@ -111,7 +116,7 @@ class RunDir:
             truncate_after(2, "sft") --|
         """
         last = (PHASES.index(phase), step)
-        for name in (METRICS, SAMPLES):
+        for name in (METRICS, SAMPLES, *((HOSTS,) if (self.path / HOSTS).exists() else ())):
             with replacing(self.path / name) as file:
                 for row in read_jsonl(self.path / name):
                     if row["phase"] in PHASES and (PHASES.index(row["phase"]), row["step"]) > last:

@@ -2,8 +2,19 @@
 
     weight = min(pi_old / pi_behaviour, cap)         a constant: no gradient goes through it
 
-pi_behaviour drew the tokens (`Trace.behaviour_logprobs`): older weights, a rounded cache, after bans, top-k and top-p.
-pi_old is the centre of PPO's ratio. Truncation trades a bounded variance for some bias (Ionides 2008).
+pi_behaviour drew the tokens (`Trace.behaviour_logprobs`): older weights, an approximate cache, after bans, top-k and
+top-p. pi_old is the centre of PPO's ratio. Truncation trades a bounded variance for some bias (Ionides 2008).
+
+With shrink s > 1 (or another block size) pi_old is the policy that the objective trains: one that reveals the tokens of
+s steps at once, each given what was visible before the first of them. Its log-probs in the merged states, summed over a
+response, are the probability of the response under it, so the ratio is a proper weight. It corrects for the cache and
+for the merging together:
+
+    pi_old(token | merged state)      pi_old(token | merged state)     pi_old(token | sampler's state)
+    ----------------------------  =  ------------------------------ x ---------------------------------
+    pi_behaviour(token | cached)     pi_old(token | sampler's state)    pi_behaviour(token | cached)
+
+To weight by the last factor alone, every step of the sampler would have to be replayed, which shrink is there to avoid.
 
     token      a ratio for every token                                      (https://fengyao.notion.site/off-policy-rl)
     sequence   the product of a response's ratios, the same for all of its tokens: the ratio of the whole response.

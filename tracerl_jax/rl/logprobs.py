@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tracerl_jax.diffusion.packing import PackedRows, pack
-from tracerl_jax.diffusion.replay import ReplayItem, trace_item
+from tracerl_jax.diffusion.replay import ReplayItem, item_of_trace
 from tracerl_jax.diffusion.trace import Trace
 from tracerl_jax.errors import ConfigError, DataError
 from tracerl_jax.kernels.logprob.api import token_logprobs
@@ -67,13 +67,7 @@ def score_traces(
                 f"trace {i} has canvas_len {trace.canvas_len}, but the model ({model.config.family}) has "
                 f"{'full' if full else 'block-causal'} attention: score it with a model of the kind that made it"
             )
-    items = [
-        trace_item(
-            t.prompt_ids, t.ids, t.step_map, block_size=t.replay_block, mask_id=mask_id,
-            tail_ids=t.tail_ids, tail_step_map=t.tail_step_map,
-        )
-        for t in traces
-    ]  # fmt: skip
+    items = [item_of_trace(t, mask_id=mask_id) for t in traces]
     rows, scores = score_items(
         model, params, items, [t.temperature for t in traces], row_length=row_length, tokens_per_batch=tokens_per_batch
     )
@@ -93,7 +87,7 @@ def score_items(
     those of `score_traces`."""
     shards = row_shards(model.mesh)
     rows = pack(items, row_length=row_length, rows_multiple=shards)
-    N, T = rows.ids.shape
+    N, T = rows.shape
     n = min(N, max(1, tokens_per_batch // T) * shards)
     scores = [_score(model, params, *put_batch((part, part.gather(temperature)), model.mesh)) for part in rows.split(n)]
     return rows, np.concatenate([np.asarray(s) for s in scores])[:N]

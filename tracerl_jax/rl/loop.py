@@ -10,8 +10,12 @@ import numpy as np
 from tracerl_jax.config import RunConfig
 from tracerl_jax.data.curriculum import open_iterator
 from tracerl_jax.models import Model
+from tracerl_jax.parallel.peers import own_share
+from tracerl_jax.report.flops import FORWARD, TRAINED, replay_work, rollout_work
 from tracerl_jax.report.metrics import MetricLog, PhaseTimer, merge
+from tracerl_jax.report.profile import Profiler
 from tracerl_jax.report.samples import sample_row
+from tracerl_jax.report.speed import Speed
 from tracerl_jax.rl.experience import Sample, experience_metrics, select
 from tracerl_jax.rl.importance import importance_metrics
 from tracerl_jax.rl.objectives import explained_variance
@@ -25,6 +29,11 @@ from tracerl_jax.training.run import Progress, Run
 from tracerl_jax.training.step import UpdateResult
 
 log = logging.getLogger(__name__)
+
+PHASES = (
+    "save", "eval", "rollout", "reward", "exchange", "replay", "values", "update_value", "update_policy", "wait",
+    "sync",
+)  # fmt: skip
 
 
 def make_learner(model: Model, config: RunConfig) -> Learner:
@@ -67,6 +76,8 @@ def train_rl(
     rollouts = open_rollouts(run, engine, iterator, learner.policy.params, ahead)
     metric_log = run.open_log("rl", config.rl.steps, progress.rl_step)
     timer = PhaseTimer()
+    speed = Speed(run.folder, "rl", phases=PHASES, chips=run.mesh.size, product="rollout")
+    profiler = Profiler(config.report.profiled, run.path / "profile")
     saved = progress.rl_step
 
     def save():
@@ -89,9 +100,12 @@ def train_rl(
     try:
         while progress.rl_step < config.rl.steps:
             step, updates = progress.rl_step + 1, int(learner.policy.updates)
+            profiler.at(step)
             with timer.step(step):
                 settle()
                 experience = rollouts.take(step, updates, timer)
+                done = rollout_work(run.model.config, own_share(experience.traces), config.rollout.cache)
+                timer.count("rollout", dataclasses.replace(done, seconds=experience.rollout_seconds))
                 kept = select(experience.samples, learner.config, config.reward.process.normalise)
                 if not kept:
                     guard.check_rollout(experience.traces, f"rl step {step}")
@@ -104,12 +118,13 @@ def train_rl(
                 progress = Progress("rl", progress.sft_step, step, iterator.state(), dict(guard.skipped_in_a_row))
                 write_samples(run, experience.samples, step)
                 run.checkpointer.seal_finished()
-            metric_log.write(step, metrics | timer.seconds())
+            metric_log.write(step, metrics | speed.row(step, timer.seconds(), timer.work))
         settle()
     except Interrupted:
         save()
         raise
     finally:
+        profiler.close()
         rollouts.close()
         metric_log.close()
     return progress
@@ -147,6 +162,7 @@ def update(
             everything = learner.with_values(everything)
     else:
         everything = [dataclasses.replace(r, advantages=r.sample.advantage) for r in everything]
+    count_work(timer, learner, everything, step)
     sizes = np.cumsum([len(part) for part in plan])[:-1]
     plan = [list(part) for part in np.split(np.array(everything, object), sizes)]
 
@@ -159,6 +175,22 @@ def update(
         policy_results = guarded(learner.update_policy, plan, guard, f"rl step {step}", "policy")
         metrics |= policy_metrics(config, policy_results, learner)
     return metrics | {"updates/skipped": float(sum(bool(r.skipped) for r in (*value_results, *policy_results)))}
+
+
+def count_work(timer: PhaseTimer, learner: Learner, replays: Sequence[Replay], step: int) -> None:
+    """This process's share of the phases of `update`. That of `replay` leaves out the check of the log-probs, which no
+    update needs."""
+    model, config, value = learner.model.config, learner.config, learner.value_config
+    items = [replay.item for replay in own_share(replays)]
+    passes = (config.old_logprobs == "recompute") + (config.kl_to == "reference")
+    if passes:
+        timer.count("replay", replay_work(model, items, trunk=passes, heads=passes))
+    if value.enabled:
+        timer.count("values", replay_work(model, items, head="value"))
+        if step % value.train_every == 0:
+            trunk = FORWARD if value.shared_trunk else TRAINED
+            timer.count("update_value", replay_work(model, items, trunk=trunk, heads=TRAINED, head="value"))
+    timer.count("update_policy", replay_work(model, items, trunk=TRAINED, heads=TRAINED))
 
 
 def guarded(update: Callable, plan: list[list[Replay]], guard: NonFiniteGuard, *where: str) -> list[UpdateResult]:
@@ -174,29 +206,35 @@ def guarded(update: Callable, plan: list[list[Replay]], guard: NonFiniteGuard, *
 def with_old_logprobs(
     learner: Learner, replays: list[Replay], stale: bool = False
 ) -> tuple[list[Replay], dict[str, float]]:
-    """Old log-probs (the sampler's or recomputed), and how far replay is from rollout where it visits the same states
-    with the same weights (not `stale`).
+    """Old log-probs (the sampler's or recomputed), and how far rollout is from replay of the same states with the same
+    weights, unless they are others (`stale`).
 
-    The gap is measured on every token when the log-probs are recomputed, else on one micro-batch's worth of samples.
+    That is the error of the rollout's cache and of rounding, and of nothing else. Where the training replays other
+    states than the sampler visited (merged steps, random masks, other blocks), the sampler's own are replayed for it,
+    of one micro-batch's worth of samples; so they are where nothing has to be recomputed.
     """
-    if learner.config.old_logprobs == "recompute":
+    config, gaps = learner.config, None
+    if config.old_logprobs == "recompute":
         recomputed = learner.logprobs(learner.policy.params, replays)
+        same_blocks = all(r.item.block_size == r.sample.trace.replay_block for r in replays)
+        if config.method == "tracerl" and config.shrink == 1 and same_blocks:
+            gaps = logprob_gaps(replays, recomputed)
         replays = [dataclasses.replace(r, old_logp=logp) for r, logp in zip(replays, recomputed, strict=True)]
-        checked = replays
     else:
         replays = [dataclasses.replace(r, old_logp=r.sample.trace.logprobs) for r in replays]
-        if stale:
-            return replays, {}
-        checked = replays[: learner.samples_per_micro_batch(replays)]
-        recomputed = learner.logprobs(learner.policy.params, checked)
-    same_blocks = all(r.item.block_size == r.sample.trace.replay_block for r in checked)
-    others = learner.config.method != "tracerl" or learner.config.shrink > 1 or not same_blocks  # states never visited
-    if stale or others:
+    if stale:
         return replays, {}
-    gaps = np.concatenate(
-        [np.abs(logp - r.sample.trace.logprobs) for r, logp in zip(checked, recomputed, strict=True)]
-    )
+    if gaps is None:
+        sampled = learner.as_sampled(replays)
+        if not sampled:
+            return replays, {}
+        gaps = logprob_gaps(sampled, learner.logprobs(learner.policy.params, sampled))
     return replays, {"replay/logprob_gap_max": float(gaps.max()), "replay/logprob_gap_mean": float(gaps.mean())}
+
+
+def logprob_gaps(replays: Sequence[Replay], logprobs: Sequence[np.ndarray]) -> np.ndarray:
+    """|replay - rollout| of all response tokens, [sum of r]."""
+    return np.abs(np.concatenate([lp - r.sample.trace.logprobs for r, lp in zip(replays, logprobs, strict=True)]))
 
 
 def policy_metrics(config: RunConfig, results: Sequence[UpdateResult], learner: Learner) -> dict[str, float]:

@@ -13,7 +13,7 @@ import optax
 from tracerl_jax.config import RLSection, ValueSection
 from tracerl_jax.diffusion.corruption import draw_masks, sample_rng
 from tracerl_jax.diffusion.packing import PackedRows, pack
-from tracerl_jax.diffusion.replay import ReplayItem, masking_item, shrunk_steps, trace_item
+from tracerl_jax.diffusion.replay import ReplayItem, item_of_trace, masking_item, shrunk_steps
 from tracerl_jax.models import Model
 from tracerl_jax.parallel.order import in_order
 from tracerl_jax.parallel.place import fetch, put
@@ -74,15 +74,10 @@ def _items(
     sample: Sample, config: RLSection, mask_id: int, block_size: int, counters: tuple[int, ...]
 ) -> list[ReplayItem]:
     trace = sample.trace
+    if config.method == "tracerl":
+        return [item_of_trace(trace, mask_id=mask_id, block_size=block_size, shrink=config.shrink)]
     if trace.canvas_len:  # of a full-attention model, to which everything is one block
         block_size = trace.canvas_len
-    if config.method == "tracerl":
-        return [
-            trace_item(
-                trace.prompt_ids, trace.ids, trace.step_map, block_size=block_size, mask_id=mask_id,
-                shrink=config.shrink, tail_ids=trace.tail_ids, tail_step_map=trace.tail_step_map,
-            )
-        ]  # fmt: skip
     masked, _ = draw_masks(
         sample_rng(*counters), len(trace.prompt_ids), len(trace.ids),
         block_size=block_size, low=config.mask_low, high=config.mask_high,
@@ -183,11 +178,19 @@ class Learner:
 
     # Forward passes over all replays of a step, before anything is updated.
 
-    def samples_per_micro_batch(self, replays: Sequence[Replay]) -> int:
-        """How many of the first replays fit into one micro-batch, at least 1."""
-        room = self.rows_per_micro_batch * self.config.row_length
-        sizes = np.cumsum([r.item.size for r in replays])
-        return max(1, int(np.searchsorted(sizes, room // 2)))
+    def as_sampled(self, replays: Sequence[Replay]) -> list[Replay]:
+        """Of the first samples that fit into a micro-batch (at least one, but for those that fit into no row) the very
+        states in which their tokens were drawn."""
+        room, chosen = self.rows_per_micro_batch * self.config.row_length // 2, []
+        for sample in dict.fromkeys(replay.sample for replay in replays):
+            item = item_of_trace(sample.trace, mask_id=self.model.config.mask_token_id)
+            if item.row_tokens > self.row_lengths[-1]:
+                continue
+            room -= item.size
+            if room < 0 and chosen:
+                break
+            chosen.append(Replay(sample, item))
+        return chosen
 
     def logprobs(self, params: Any, replays: Sequence[Replay]) -> list[np.ndarray]:
         """Log-probs of every replay's targets [r] under `params`, at the sampling temperature; 0 elsewhere."""
@@ -216,11 +219,15 @@ class Learner:
             part = put_batch(part, self.model.mesh)
             with in_order(self.model.mesh):
                 outputs.append(function(part["rows"], *(part[str(i)] for i in range(len(columns)))))
-        return rows.scatter(np.concatenate(fetch(outputs))[: rows.ids.shape[0]])
+        return rows.scatter(np.concatenate(fetch(outputs))[: rows.shape[0]])
 
     def _pack(self, replays: Sequence[Replay]) -> PackedRows:
-        lengths = [self.config.row_length * 2**k for k in range(5)]  # longer responses get longer rows
-        return pack([r.item for r in replays], row_length=lengths)
+        return pack([r.item for r in replays], row_length=self.row_lengths)
+
+    @property
+    def row_lengths(self) -> list[int]:
+        """Longer responses get longer rows."""
+        return [self.config.row_length * 2**k for k in range(5)]
 
     def _trunk(self) -> Any:
         return self.policy.params if self.value_config.shared_trunk else None
@@ -327,7 +334,7 @@ def merged(value_params: Any, trunk: Any) -> Any:
 def micro_batches(rows: PackedRows, columns: dict[str, np.ndarray], n: int) -> list[dict[str, Any]]:
     """Cut packed rows and [N,P] numbers into micro-batches of n rows, the last one filled with padding."""
     parts = rows.split(n)
-    missing = len(parts) * n - rows.ids.shape[0]
+    missing = len(parts) * n - rows.shape[0]
     padded = {name: np.pad(column, ((0, missing), (0, 0))) for name, column in columns.items()}
     return [
         {"rows": part, **{name: column[i * n : (i + 1) * n] for name, column in padded.items()}}

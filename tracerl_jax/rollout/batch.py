@@ -341,7 +341,7 @@ class Batch:
         chosen, enough = self._part(bool(waiting) and self.fits(waiting[0]))
         with in_order(self.model.mesh):
             self._state = self.run(
-                self._program(), params, self._banned, self._device_rows, self._state,
+                self.program(), params, self._banned, self._device_rows, self._state,
                 np.int32(self.config.forwards_per_chunk), np.int32(enough), self._put(chosen),
             )  # fmt: skip
         done = jax.device_get(self._state.done)
@@ -408,7 +408,7 @@ class Batch:
         self.entries[n] = None
         return entry
 
-    def _program(self) -> Program:
+    def program(self) -> Program:
         return Program(self.model, self.shape.block_size, self.groups, self._needs)
 
     @property
@@ -489,7 +489,7 @@ class Batch:
             operands = spec(self._prompts(self._calls(fresh)[0]), self._place)
             programs["prefill"] = prefill.trace(self.model, params, state.cache, *operands, number)
         banned, rows = spec(self._banned, everywhere), spec(self._rows, self._place)
-        programs["decode"] = self.run.trace(self._program(), params, banned, rows, state, number, number)
+        programs["decode"] = self.run.trace(self.program(), params, banned, rows, state, number, number)
         return programs
 
 

@@ -27,6 +27,7 @@ cache and the window while its key and value stay the cached ones.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -110,7 +111,15 @@ def _with_cache(program, params, banned, rows: Rows, keys: jax.Array, state: Slo
         hidden = _window(program, params, rows, state, active)
         return _denoise(program, params, banned, rows, keys, state, hidden, active)
 
-    return lax.cond((count >= together) | nobody_else, refresh, step, state)
+    full = (count >= together) | nobody_else
+    return _if(~full, step, _if(full, refresh, state))
+
+
+def _if(wanted: jax.Array, function: Callable[[SlotState], SlotState], state: SlotState) -> SlotState:
+    """`function(state)`, or `state`: as a loop of one turn or none. Loops update what they carry in place; `lax.cond`
+    makes GPUs copy the whole cache where one branch writes it and the other does not."""
+    with jax.named_scope(function.__name__):  # by which a plan tells the two loops apart
+        return lax.while_loop(lambda c: c[0], lambda c: (jnp.zeros((), bool), function(c[1])), (wanted, state))[1]
 
 
 def _waiting(program: Program, state: SlotState) -> jax.Array:

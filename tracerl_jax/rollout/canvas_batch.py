@@ -71,7 +71,7 @@ class CanvasBatch(Batch):
     def _queries(self) -> int:
         return self.shape.window or self.shape.length
 
-    def _program(self) -> canvas.Program:
+    def program(self) -> canvas.Program:
         config, shape = self.config, self.shape
         gathered = -(-GATHERED_TOKENS * FREE_TOKENS[self._platform] // shape.length)
         return canvas.Program(self.model, shape.block_size, self._needs, config.cache, shape.window, config.refresh,

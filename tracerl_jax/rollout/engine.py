@@ -32,7 +32,9 @@ from tracerl_jax.diffusion.trace import Trace
 from tracerl_jax.errors import ConfigError, DataError
 from tracerl_jax.models.decoder import Model
 from tracerl_jax.rollout.batch import Batch, Blocks, Entry, batch_for
+from tracerl_jax.rollout.canvas import Program as CanvasProgram
 from tracerl_jax.rollout.canvas_batch import CanvasBatch
+from tracerl_jax.rollout.decode import Program
 from tracerl_jax.rollout.options import EngineConfig, Request, SamplingOptions
 from tracerl_jax.rollout.slots import SlotState
 from tracerl_jax.rollout.weights import rollout_params
@@ -202,9 +204,9 @@ class Engine:
         """What `memory_bytes` counts, as ShapeDtypeStructs with shardings."""
         return self._batch_of(self._resolve_all(requests)).abstract_state()
 
-    def groups(self, requests: Iterable[Request]) -> int:
-        """Groups of a block's size in a forward for these requests; 1: their blocks are committed separately."""
-        return self._batch_of(self._resolve_all(requests)).groups
+    def program(self, requests: Iterable[Request]) -> Program | CanvasProgram:
+        """What is compiled into "decode" of these requests."""
+        return self._batch_of(self._resolve_all(requests)).program()
 
     @property
     def _full(self) -> bool:

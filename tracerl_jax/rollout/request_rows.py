@@ -36,9 +36,11 @@ def read_requests(
     """The rows of a JSONL file, each with `prompt` or `prompt_ids` and any decoding fields, which override `defaults`.
 
     Raises DataError naming file and line for a row that is none: no prompt, a field that looks like a misspelt
-    decoding field, or a request that the engine would refuse. Other columns are kept.
+    decoding field, or a request that the engine would refuse; and where `defaults` are what it would refuse, an error
+    that says so. Other columns are kept.
     """
     bad, found = BadRows(on_bad_row), []
+    wrong_defaults = _wrong(engine, defaults)
     for line, row in read_jsonl(path, on_bad_row=on_bad_row):
         try:
             _refuse_misspelt(row)
@@ -46,6 +48,8 @@ def read_requests(
             request = Request(_prompt_ids(row, tokenizer, raw), options)
             engine.check(request, "the row")
         except UserError as error:
+            if wrong_defaults and not row.keys() & set(OPTIONS):
+                raise wrong_defaults from error  # of every such row
             bad.add(f"{path}:{line}: {error}", "correct the row")
             continue
         found.append(RequestRow({**row, "line": line}, request))
@@ -53,6 +57,15 @@ def read_requests(
     if not found:
         raise DataError(f'{path}: holds no usable row; write rows such as {{"prompt": "What is 2+2?"}}')
     return found
+
+
+def _wrong(engine: Engine, defaults: SamplingOptions) -> UserError | None:
+    """What the engine has against `defaults`, whatever the prompt."""
+    try:
+        engine.check(Request([int(engine.model.config.mask_token_id == 0)], defaults), "the decoding flags")
+    except UserError as error:
+        return error
+    return None
 
 
 def encode_prompt(text: str, tokenizer, *, raw: bool = False) -> list[int]:

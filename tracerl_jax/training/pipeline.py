@@ -36,6 +36,9 @@ def train(config: RunConfig) -> dict[str, Any]:
     """
     if not config.sft.steps and not config.rl.steps:
         raise ConfigError("nothing to do: sft.steps and rl.steps are both 0")
+    steps, profiled = config.rl.steps or config.sft.steps, config.report.profiled
+    if profiled and profiled[-1] > steps:
+        raise ConfigError(f"report.profile asks for steps {profiled[0]} to {profiled[-1]}, but there are {steps}")
     check_alike(to_dict(config))
     with Run(config) as run:
         learner = make_learner(run.model, config)

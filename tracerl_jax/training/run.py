@@ -29,7 +29,7 @@ from tracerl_jax.data.tasks import Task, get_spec, load_task
 from tracerl_jax.diffusion.grid import round_up
 from tracerl_jax.diffusion.trace import Trace
 from tracerl_jax.errors import ConfigError
-from tracerl_jax.evals.runner import protocol
+from tracerl_jax.evals.runner import eval_protocols
 from tracerl_jax.interop.folders import copy_companions, read_json, whole_folder
 from tracerl_jax.interop.hf_config import read_model_config
 from tracerl_jax.interop.hf_load import load_hf, stored_dtype
@@ -152,14 +152,7 @@ class Run:
         """Raises the UserError that the first request would raise, or the first replay of a full-attention model."""
         config, longest = self.config, max((len(problem.prompt_ids) for problem in self.train_problems), default=0)
         if self.model.config.attention_mode == "full" and config.rl.steps:
-            if config.rl.block_size is not None:
-                raise ConfigError("rl.block_size is for block-causal models: to full attention everything is one block")
-            canvas = longest + config.rollout.longest
-            if canvas > config.rl.row_length:
-                raise ConfigError(
-                    f"rl.row_length is {config.rl.row_length}, but a full-attention model is trained on whole canvases "
-                    f"of up to {canvas} tokens: raise it, or lower rollout.max_tokens or task.max_prompt_tokens"
-                )
+            check_canvas(config, longest)
         engine = self.engine(None)
         prompt = [next(i for i in range(self.model.config.vocab_size) if i != self.model.config.mask_token_id)]
         stages = config.rollout.stages() if config.rl.steps else []
@@ -343,6 +336,18 @@ class Run:
         return open_log(self.folder, phase, total_steps=total_steps, first_step=first_step, writers=writers)
 
 
+def check_canvas(config: RunConfig, prompt_tokens: int) -> None:
+    """Raises ConfigError where a full-attention model cannot be trained on what is decoded behind such a prompt."""
+    if config.rl.block_size is not None:
+        raise ConfigError("rl.block_size is for block-causal models: to full attention everything is one block")
+    canvas = prompt_tokens + config.rollout.longest
+    if canvas > config.rl.row_length:
+        raise ConfigError(
+            f"rl.row_length is {config.rl.row_length}, but a full-attention model is trained on whole canvases "
+            f"of up to {canvas} tokens: raise it, or lower rollout.max_tokens or task.max_prompt_tokens"
+        )
+
+
 def engine_config(section: RolloutSection, slots: int, valid_vocab: int | None = None) -> EngineConfig:
     names = ("commit", "drafts", "cache", "horizon", "refresh", "kv_dtype")
     return EngineConfig(slots, valid_vocab=valid_vocab, **{name: getattr(section, name) for name in names})
@@ -356,25 +361,6 @@ def rollout_options(section: RolloutSection, seed: int) -> SamplingOptions:
         return SamplingOptions(**{name: getattr(section, name) for name in names}, seed=seed)
     except ConfigError as error:
         raise ConfigError(f"rollout: {error}") from None
-
-
-def eval_protocols(config: RunConfig) -> dict[str, SamplingOptions]:
-    """How evaluation decodes, for each of `eval.strategies`. Raises ConfigError naming the key."""
-    section, rollout = config.eval, config.rollout
-    try:
-        return {
-            strategy: protocol(
-                strategy,
-                max_tokens=rollout.max_tokens if section.max_tokens is None else section.max_tokens,
-                block_size=rollout.block_size,
-                threshold=rollout.threshold if section.threshold is None else section.threshold,
-                temperature=section.temperature,
-                seed=config.seed,
-            )
-            for strategy in section.strategies
-        }
-    except ConfigError as error:
-        raise ConfigError(f"eval: {error}") from None
 
 
 def with_defaults(stored: dict[str, Any]) -> dict[str, Any]:

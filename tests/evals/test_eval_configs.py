@@ -1,0 +1,60 @@
+"""What a config says about evaluation: options of both strategies, and `tracerl eval --config`."""
+
+import json
+
+import pytest
+
+from tracerl_jax.config import RunConfig
+from tracerl_jax.config_io import load_config
+from tracerl_jax.evals.runner import eval_protocols
+from tracerl_jax.launch.cli import main
+
+OWN = {"max_tokens": 1024, "block_size": 32, "temperature": 0.1, "top_k": 40, "top_p": 0.95, "confidence": "truncated",
+       "first_token": True}  # fmt: skip
+LLADA = {**OWN, "max_tokens": 512, "top_k": 0, "top_p": 1.0, "confidence": "untempered", "first_token": False}
+FAMILIES = {"dream_7b": OWN, "diffucoder_7b": OWN, "llada_8b": LLADA, "mmada_8b": LLADA}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_are_evaluated_with_the_papers_settings(family):
+    config = load_config(RunConfig, f"eval_{family}", [])
+    found = eval_protocols(config)
+    assert list(found) == ["dynamic", "static"] and found["dynamic"].threshold == 0.95
+    for name, options in found.items():
+        assert options.strategy == name
+        assert {key: getattr(options, key) for key in FAMILIES[family]} == FAMILIES[family]
+    assert (config.eval.samples_per_prompt, config.rl.steps) == (3, 0)
+    assert (config.rollout.cache, config.rollout.horizon) == ("prefix", 32 + 128)
+
+
+def test_defaults_are_those_of_the_papers_tables():
+    found = eval_protocols(load_config(RunConfig, "rl_sdar_4b_math", []))
+    assert (found["dynamic"].temperature, found["static"].temperature) == (1.0, 0.0)
+    assert {(o.confidence, o.first_token, o.top_k, o.top_p) for o in found.values()} == {("policy", False, 0, 1.0)}
+
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config():
+    return ConfigDict({
+        "model": {"preset": "sdar_tiny"}, "seed": 3,
+        "rollout": {"max_tokens": 8, "block_size": 8, "slots_per_device": 2, "confidence": "truncated"},
+        "eval": {"strategies": ("static",), "static_temperature": 0.5, "top_k": 3, "samples_per_prompt": 2, "limit": 2},
+    })
+"""
+
+
+def test_command_takes_a_config_and_flags_go_before_it(model_folder, tmp_path):
+    (tmp_path / "own.py").write_text(CONFIG)
+    words = ["--model", str(model_folder), "--config", str(tmp_path / "own.py"), "--tasks", "arithmetic",
+             "--output", str(tmp_path / "out"), "--config.eval.top_p=0.5", "--seed", "7"]  # fmt: skip
+    assert main(["eval", *words]) == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    (options,) = manifest["strategies"].values()
+    wanted = {"strategy": "static", "temperature": 0.5, "top_k": 3, "top_p": 0.5, "max_tokens": 8, "block_size": 8,
+              "confidence": "truncated", "seed": 7}  # fmt: skip
+    assert wanted.items() <= options.items()
+    assert manifest["tasks"]["arithmetic"]["samples"] == manifest["tasks"]["arithmetic"]["problems"] == 2
+    result = json.loads((tmp_path / "out" / "results.json").read_text())["arithmetic"]["static"]
+    assert result["samples"] == 4
