@@ -1,6 +1,7 @@
 """Quick start: a 1.2M-parameter SDAR learns arithmetic from imperfect solutions, then from rewards, on two CPU cores.
 
-    tracerl demo            (or: tracerl rl --config demo)
+    tracerl demo                       (or: tracerl rl --config demo)
+    tracerl demo --config demo:llada   (or demo:dream: a full-attention model, docs/full_attention.md)
 
 Half of the worked solutions leave out the last number. Supervised training imitates that; TraceRL, rewarded for the
 true answer only, unlearns it. Expected: 45% -> 80% of 256 held-out problems (dynamic decoding), 1.3 -> 1.7 tokens per
@@ -10,8 +11,8 @@ denoise step, in about four minutes.
 from ml_collections import ConfigDict
 
 
-def get_config():
-    return ConfigDict(
+def get_config(arg=None):
+    config = ConfigDict(
         {
             "name": "demo",
             "model": {"preset": "sdar_demo"},
@@ -39,3 +40,23 @@ def get_config():
             "checkpoint": {"every": 10, "sft_every": 400},
         }
     )  # fmt: skip
+    if arg in ("dream", "llada"):
+        full_attention(config, arg)
+    elif arg:
+        raise ValueError(f"the argument of this config is 'dream', 'llada' or nothing, not {arg!r}")
+    return config
+
+
+def full_attention(config, family):
+    """The same task for a small Dream or LLaDA."""
+    config.name, config.model.preset = f"demo_{family}", f"{family}_demo"
+    # The whole canvas is seen and computed at every step: no longer than the longest solution. A row of 112 tokens
+    # holds eight canvases (6 tokens of question, 8 of response).
+    config.rollout.max_tokens = config.sft.max_response_tokens = 8
+    config.sft.row_length = config.rl.row_length = 112
+    # Next to nothing is learned here from a token whose neighbours are all visible.
+    config.sft.update({"steps": 1000, "sequences_per_update": 160, "rows_per_device": 20, "mask_low": 0.3})
+    config.sft.optimizer.learning_rate = 2e-3
+    # Merged denoise steps (rl.shrink above 1) are states that the sampler did not visit: their log-probs are made anew.
+    config.rl.update({"rows_per_device": 20, "old_logprobs": "recompute"})
+    config.checkpoint.sft_every = 500

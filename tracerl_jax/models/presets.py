@@ -40,7 +40,7 @@ _DEMO = {
     "vocab_size": 128, "rope_theta": 1e4, "initializer_range": 0.07, "mask_token_id": 127, "eos_token_id": 126,
     "pad_token_id": 126, "stop_token_ids": (126,),
 }
-_DEMO_FULL = {"width": 192, "num_layers": 3, "num_heads": 6, "head_dim": 32, "mlp_width": 512, "block_size": 8, **_DEMO}
+_DEMO_FULL = {"width": 128, "num_layers": 3, "num_heads": 4, "head_dim": 32, "mlp_width": 384, "block_size": 4, **_DEMO}
 
 PRESETS: dict[str, ModelConfig] = {
     "sdar_1_7b": ModelConfig(width=2048, num_layers=28, num_heads=16, num_kv_heads=8, mlp_width=6144, **_SDAR),
@@ -63,5 +63,5 @@ PRESETS: dict[str, ModelConfig] = {
     # from there this one learns several times more slowly.
     "sdar_demo": ModelConfig(width=192, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=32, mlp_width=512, **_DEMO),
     "dream_demo": ModelConfig(num_kv_heads=2, **_DEMO_FULL, **_DREAM),
-    "llada_demo": ModelConfig(family="llada", num_kv_heads=6, **_DEMO_FULL, **_LLADA),
+    "llada_demo": ModelConfig(family="llada", num_kv_heads=4, **_DEMO_FULL, **_LLADA),
 }
