@@ -55,8 +55,8 @@ def full_attention(config, family):
     config.rollout.max_tokens = config.sft.max_response_tokens = 8
     config.sft.row_length = config.rl.row_length = 112
     # Next to nothing is learned here from a token whose neighbours are all visible.
-    config.sft.update({"steps": 1000, "sequences_per_update": 160, "rows_per_device": 20, "mask_low": 0.3})
+    config.sft.update({"steps": 800, "sequences_per_update": 160, "rows_per_device": 20, "mask_low": 0.3})
     config.sft.optimizer.learning_rate = 2e-3
     # Merged denoise steps (rl.shrink above 1) are states that the sampler did not visit: their log-probs are made anew.
     config.rl.update({"rows_per_device": 20, "old_logprobs": "recompute"})
-    config.checkpoint.sft_every = 500
+    config.checkpoint.sft_every = 400
