@@ -58,7 +58,9 @@ def full_attention(config, family):
     # the model learned its problems by heart: right on nearly all of them, and on one in ten of the others.
     config.rollout.block_size = 2
     config.sft.update({"steps": 600, "sequences_per_update": 162, "rows_per_device": 18, "mask_low": 0.3})
-    config.sft.optimizer.update({"learning_rate": 2e-3, "weight_decay": 0.5})
+    config.sft.optimizer.update({"learning_rate": 3e-3, "weight_decay": 1.0})
     # Merged denoise steps (rl.shrink above 1) are states that the sampler did not visit: their log-probs are made anew.
-    config.rl.update({"rows_per_device": 18, "old_logprobs": "recompute"})
+    # Larger updates than these unlearn the sums as well.
+    config.rl.update({"steps": 48, "rows_per_device": 18, "old_logprobs": "recompute"})
+    config.rl.optimizer.learning_rate = 1e-4
     config.checkpoint.sft_every = 600
