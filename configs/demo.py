@@ -5,7 +5,7 @@
 
 Half of the worked solutions leave out the last number. Supervised training imitates that; TraceRL, rewarded for the
 true answer only, unlearns it. Expected: 45% -> 80% of 256 held-out problems (dynamic decoding), 1.3 -> 1.7 tokens per
-denoise step, in about four minutes.
+denoise step, in about four minutes. Of full attention: 27% -> 55% (LLaDA) and 60% (Dream).
 """
 
 from ml_collections import ConfigDict
