@@ -13,6 +13,7 @@ report page. Interrupt it and start it again: it goes on where it stopped."""
 EPILOG = """examples:
   tracerl demo
   tracerl demo --config.seed=1 --config.name=demo-seed1
+  tracerl demo --config demo:llada                (a full-attention model; demo:dream)
   tracerl demo --config.rl.steps=40              (continues the finished demo)"""
 
 

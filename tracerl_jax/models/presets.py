@@ -34,13 +34,13 @@ _LLADA_8B = ModelConfig(
     pad_token_id=126081, stop_token_ids=(126081, 126348), **_LLADA,  # <|endoftext|>, <|eot_id|>
 )  # fmt: skip
 
-# 1.2M parameters; vocabulary and ids are replaced by those of the task's tokenizer. 0.02 suits large widths only: from
-# there these learn several times more slowly.
+# Vocabulary and ids are replaced by those of the task's tokenizer. An initializer range of 0.02 suits large widths only:
+# from there these learn several times more slowly.
 _DEMO = {
     "vocab_size": 128, "rope_theta": 1e4, "initializer_range": 0.07, "mask_token_id": 127, "eos_token_id": 126,
     "pad_token_id": 126, "stop_token_ids": (126,),
 }
-_DEMO_FULL = {"width": 192, "num_layers": 3, "num_heads": 6, "head_dim": 32, "mlp_width": 512, "block_size": 8, **_DEMO}
+_DEMO_FULL = {"width": 128, "num_layers": 3, "num_heads": 4, "head_dim": 32, "mlp_width": 384, "block_size": 4, **_DEMO}
 
 PRESETS: dict[str, ModelConfig] = {
     "sdar_1_7b": ModelConfig(width=2048, num_layers=28, num_heads=16, num_kv_heads=8, mlp_width=6144, **_SDAR),
@@ -59,9 +59,8 @@ PRESETS: dict[str, ModelConfig] = {
     "sdar_tiny": ModelConfig(vocab_size=384, width=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16,
                              mlp_width=96, mask_token_id=375, eos_token_id=363, pad_token_id=363,
                              stop_token_ids=(363,)),
-    # 1.2M parameters; vocabulary and ids are replaced by those of the task's tokenizer. 0.02 suits large widths only:
-    # from there this one learns several times more slowly.
+    # What the quick start trains: 1.2M parameters, and half of that for full attention.
     "sdar_demo": ModelConfig(width=192, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=32, mlp_width=512, **_DEMO),
     "dream_demo": ModelConfig(num_kv_heads=2, **_DEMO_FULL, **_DREAM),
-    "llada_demo": ModelConfig(family="llada", num_kv_heads=6, **_DEMO_FULL, **_LLADA),
+    "llada_demo": ModelConfig(family="llada", num_kv_heads=4, **_DEMO_FULL, **_LLADA),
 }
