@@ -83,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from tracerl_jax.config_io import to_dict
     from tracerl_jax.evals.items import Items, ResultsFolder, ShareOfItems
     from tracerl_jax.evals.manifest import make_manifest
     from tracerl_jax.evals.runner import eval_protocols, evaluate, samples_of
@@ -94,9 +95,8 @@ def run(args: argparse.Namespace) -> int:
     from tracerl_jax.training.run import engine_config
 
     _require_positive(args, "max_tokens", "max_prompt_tokens", "slots")
-    check_alike({name: value for name, value in vars(args).items() if name != "overrides"}
-                | {"overrides": list(args.overrides)})  # fmt: skip
     config = _config(args)
+    check_alike({**to_dict(config), "flags": vars(args)})
     settings.configure(config.reward)
     samples = _per_task(args, "samples", config.eval.samples_per_prompt, _positive)
     strategies, rollout, dtype = eval_protocols(config), config.rollout, config.model.dtype

@@ -184,7 +184,7 @@ class _Attempt:
 
     def watch(self, received: Sequence[int], grace: float) -> int:
         """Waits for all processes; returns the status of the job. `received`: signals to pass on, as they come."""
-        passed_on, statuses, deadline, killed = len(received), [], None, False
+        passed_on, statuses, deadline, killed = 0, [], None, False
         running = dict(enumerate(self._processes))
         while running:
             self._pass_output_on(TICK)

@@ -6,8 +6,11 @@ import pytest
 
 from tracerl_jax.config import RunConfig
 from tracerl_jax.config_io import load_config
+from tracerl_jax.errors import ConfigError
 from tracerl_jax.evals.runner import eval_protocols
 from tracerl_jax.launch.cli import main
+from tracerl_jax.parallel import facts
+from tracerl_jax.report.run_dir import compare_configs
 
 OWN = {"max_tokens": 1024, "block_size": 32, "temperature": 0.1, "top_k": 40, "top_p": 0.95, "confidence": "truncated",
        "first_token": True}  # fmt: skip
@@ -43,6 +46,22 @@ def get_config():
         "eval": {"strategies": ("static",), "static_temperature": 0.5, "top_k": 3, "samples_per_prompt": 2, "limit": 2},
     })
 """
+
+
+def test_hosts_whose_config_files_hold_different_settings_would_differ(model_folder, tmp_path, monkeypatch):
+    """The processes of a job compare what the files say, not only their names."""
+    told = []
+
+    def check_alike(config):
+        told.append(json.loads(json.dumps(config)))
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(facts, "check_alike", check_alike)
+    for text in (CONFIG, CONFIG.replace('"top_k": 3', '"top_k": 4')):
+        (tmp_path / "own.py").write_text(text)
+        words = ["--model", str(model_folder), "--config", str(tmp_path / "own.py"), "--tasks", "arithmetic"]
+        assert main(["eval", *words]) == 2
+    assert compare_configs(*told) == {"eval.top_k": (3, 4)}
 
 
 def test_command_takes_a_config_and_flags_go_before_it(model_folder, tmp_path):

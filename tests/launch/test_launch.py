@@ -137,6 +137,22 @@ def test_signals_reach_every_process_and_nothing_is_restarted(tmp_path, number):
     assert process.returncode == 130 and sorted(output.splitlines()) == ["[0] saved", "[1] saved"]
 
 
+def test_a_signal_that_comes_while_processes_are_started_is_passed_on():
+    script = """
+import os, signal, sys
+from tracerl_jax.launch import launch
+
+class Attempt(launch._Attempt):
+    def __init__(self, *args):
+        super().__init__(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+launch._Attempt = Attempt
+sys.exit(launch.run_job(["sleep", "300"], max_restarts=1))
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 128 + signal.SIGTERM
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
 def test_processes_die_with_a_launcher_that_is_killed(tmp_path):
     process = start(f"{write_pid(tmp_path)} exec sleep 60", processes=2)

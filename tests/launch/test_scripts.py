@@ -61,6 +61,7 @@ def sbatch(folder: Path, statuses: str, **environment: str) -> subprocess.Comple
         ("76 137 0", 0, 3, False),
         ("76 76 1 76", 76, 4, False),
         ("76 130", 0, 2, True),
+        ("143", 0, 1, True),
     ],
 )
 def test_slurm_starts_again_what_is_worth_it(tmp_path, statuses, expected, starts, queued):

@@ -1,5 +1,6 @@
 """Whole runs: what they leave behind, going on after every kind of stop, and the variants of the method."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from tracerl_jax.interop.hf_save import save_hf
 from tracerl_jax.interop.names import leaves_by_path
 from tracerl_jax.interop.native import load_run
 from tracerl_jax.launch.cli import main
+from tracerl_jax.parallel import watchdog
 from tracerl_jax.report.run_dir import read_json, read_jsonl
 from tracerl_jax.training import run as run_module
 from tracerl_jax.training.pipeline import train
@@ -40,6 +42,27 @@ def test_what_a_run_leaves(whole):
     samples = list(read_jsonl(whole / "samples.jsonl"))
     assert [row["step"] for row in samples] == sorted([1, 2, 3, 4, 5, 6] * 3)
     assert "<html" in (whole / "report.html").read_text()
+
+
+def test_the_first_wait_for_other_processes_has_a_limit_of_time(tmp_path, monkeypatch):
+    """Where a network is wrong, devices hang when they talk to each other for the first time."""
+    phases, met = [], []
+
+    @contextlib.contextmanager
+    def phase(name):
+        phases.append(name)
+        yield
+        phases.remove(name)
+
+    def connect(mesh):
+        met.append(list(phases))
+        raise UserError("enough")
+
+    monkeypatch.setattr(watchdog, "phase", phase)
+    monkeypatch.setattr(run_module, "connect", connect)
+    with pytest.raises(UserError, match="enough"):
+        train(tiny(tmp_path))
+    assert met == [["start"]]
 
 
 def test_every_step_of_it_updates_both_models(whole):

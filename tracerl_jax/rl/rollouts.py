@@ -129,7 +129,6 @@ class Rollouts:
             sampling |= {"rollout/max_tokens": float(stage.max_tokens), "rollout/block_size": float(block_size)}
         return Experience(chosen, samples, updates, decoding, judging, sampling)
 
-
     def _sample(
         self, drawn: list[int], requests: list[Request], timer: PhaseTimer,
         decode: Callable[[Sequence[Request]], list[Trace]],

@@ -33,6 +33,7 @@ import orbax.checkpoint as ocp
 from tracerl_jax.config import CheckpointSection
 from tracerl_jax.errors import CheckpointError, UserError
 from tracerl_jax.files import write_json
+from tracerl_jax.parallel import watchdog
 from tracerl_jax.parallel.distributed import is_job, is_lead
 from tracerl_jax.parallel.peers import from_lead, gather
 from tracerl_jax.training.interrupt import Interrupted
@@ -206,7 +207,7 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Block until everything is on disk and has its checksums."""
-        with disk_errors(self._folder):
+        with disk_errors(self._folder), watchdog.phase("save"):
             self._manager.wait_until_finished()
         if self._sealer:
             self._sealer.join()

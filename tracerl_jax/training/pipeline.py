@@ -40,10 +40,13 @@ def train(config: RunConfig) -> dict[str, Any]:
     if profiled and profiled[-1] > steps:
         raise ConfigError(f"report.profile asks for steps {profiled[0]} to {profiled[-1]}, but there are {steps}")
     check_alike(to_dict(config))
-    with Run(config) as run:
+    with watchdog.phase("start"):
+        run = Run(config)
+    with run:
         learner = make_learner(run.model, config)
         sft_optimizer = make_optimizer(config.sft.optimizer, config.sft.steps)
-        progress, trees, ahead = _restore(run, learner, sft_optimizer)
+        with watchdog.phase("start"):
+            progress, trees, ahead = _restore(run, learner, sft_optimizer)
         if progress.phase == "sft":
             progress, params = _supervised(run, progress, trees, sft_optimizer)
             trees = None  # the warm-up's optimizer state, which RL has no room for
@@ -172,7 +175,7 @@ def _load_reference(run: Run, learner: Learner) -> None:
 
 def _evaluate_supervised(run: Run, params: Any, step: int, role: str) -> None:
     """Supervised training alone has its own clock and metric names; a run with RL evaluates what RL starts from."""
-    with contextlib.closing(run.open_log("sft", run.config.sft.steps, step)) as metric_log:
+    with contextlib.closing(run.open_log("sft", run.config.sft.steps, step)) as metric_log, watchdog.phase("eval"):
         _evaluate(run, run.engine(params), step, metric_log, role, prefix="sft/eval/")
 
 
