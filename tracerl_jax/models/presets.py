@@ -34,8 +34,8 @@ _LLADA_8B = ModelConfig(
     pad_token_id=126081, stop_token_ids=(126081, 126348), **_LLADA,  # <|endoftext|>, <|eot_id|>
 )  # fmt: skip
 
-# Vocabulary and ids are replaced by those of the task's tokenizer. An initializer range of 0.02 suits large widths only:
-# from there these learn several times more slowly.
+# Vocabulary and ids are replaced by those of the task's tokenizer. An initializer range of 0.02 suits large widths
+# only: from there these learn several times more slowly.
 _DEMO = {
     "vocab_size": 128, "rope_theta": 1e4, "initializer_range": 0.07, "mask_token_id": 127, "eos_token_id": 126,
     "pad_token_id": 126, "stop_token_ids": (126,),
