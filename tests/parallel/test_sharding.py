@@ -136,7 +136,9 @@ def test_every_factorisation_of_eight_devices_gives_the_same_states_and_gradient
     assert_same_on(make_mesh(*sizes), CONFIG, expected)
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1), (1, 1, 8)], ids=str)
+@pytest.mark.parametrize("sizes", [
+    (2, 2, 2), pytest.param((1, 8, 1), marks=pytest.mark.slow), pytest.param((1, 1, 8), marks=pytest.mark.slow),
+], ids=str)  # fmt: skip
 def test_experts_are_split_without_changing_states_or_gradients(sizes, expected):
     assert_same_on(make_mesh(*sizes), MOE, expected)
 

@@ -323,6 +323,7 @@ def test_a_run_that_overlaps_keeps_weights_and_cache_for_decoding(presets):
     assert resident["rollout cache"] > 2 * slots * tokens * TINY.num_layers * heads * width * 2
 
 
+@pytest.mark.slow
 def test_a_reward_model_is_kept_and_scores_all_samples(presets, tmp_path):
     config = {"architectures": ["Qwen3ForSequenceClassification"], "model_type": "qwen3", "vocab_size": 1024,
               "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,

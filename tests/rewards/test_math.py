@@ -327,7 +327,7 @@ def mixture(count: int, adversarial: list[str]):
     return answers, golds, expected
 
 
-@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_verdicts_do_not_depend_on_the_number_of_workers(configure, workers):
     configure(workers=workers, math_cpu_seconds=1.0)
     answers, golds, expected = mixture(24, [ADVERSARIAL[0], ADVERSARIAL[9]])

@@ -225,7 +225,9 @@ def test_nothing_is_compiled_once_it_is_warm():
     assert names == []
 
 
-@pytest.mark.parametrize("config", [{"commit": "separate"}, {"commit": "fused", "drafts": 2}], ids=str)
+@pytest.mark.parametrize("config", [
+    {"commit": "separate"}, pytest.param({"commit": "fused", "drafts": 2}, marks=pytest.mark.slow),
+], ids=str)  # fmt: skip
 def test_a_mesh_changes_nothing_and_compiles_nothing_twice(config, monkeypatch, expected):
     """Prompts behind cached prefixes, page copies, slots that go on alone: two slots on each of four shards."""
     monkeypatch.setitem(batch.FREE_TOKENS, "cpu", 1)

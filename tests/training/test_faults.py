@@ -337,7 +337,7 @@ def fill(folder: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of writes that Orbax gave up
-@pytest.mark.parametrize("save", [2, 4], ids=["sft", "rl"])
+@pytest.mark.parametrize("save", [pytest.param(2, marks=pytest.mark.slow), 4], ids=["sft", "rl"])
 def test_a_disk_that_fills_up_while_saving_is_said_and_the_run_goes_on_later(
     whole, small_disk, capsys, monkeypatch, tmp_path, save
 ):
