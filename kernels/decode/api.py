@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from tracerl_jax.kernels.decode.cache import KVCache
 from tracerl_jax.kernels.decode.chunked import chunked_decode_attention
 from tracerl_jax.kernels.decode.pallas_gpu import pallas_gpu_decode_attention
-from tracerl_jax.kernels.decode.pallas_tpu import HEAD_DIMS, pallas_tpu_decode_attention
+from tracerl_jax.kernels.decode.pallas_tpu import HEAD_DIMS, fits, pallas_tpu_decode_attention
 from tracerl_jax.kernels.decode.reference import reference_decode_attention
 from tracerl_jax.kernels.dispatch import select, target_platform
 from tracerl_jax.kernels.pallas_triton import addressable, preferred
@@ -70,16 +70,16 @@ def decode_attention(
     if new_intervals is None:
         new_intervals = jnp.broadcast_to(jnp.array([0, Q], jnp.int32), (N, Q, 2))
     if implementation is None:
-        implementation = _default(q, cache)
+        implementation = _default(q, cache, k_new)
     run = select("decode_attention", IMPLEMENTATIONS, implementation)
     layer, new_intervals = (jnp.asarray(x, jnp.int32) for x in (layer, new_intervals))
     cache_len = jnp.clip(jnp.asarray(cache_len, jnp.int32), 0, cache.capacity)
     return run(q, cache, layer, k_new, v_new, cache_len, new_intervals)
 
 
-def _default(q: jax.Array, cache: KVCache) -> str:
+def _default(q: jax.Array, cache: KVCache, k_new: jax.Array) -> str:
     D = q.shape[-1]
-    if target_platform() == "tpu" and D in HEAD_DIMS:
+    if target_platform() == "tpu" and D in HEAD_DIMS and fits(q, k_new):
         return "pallas_tpu"
     if target_platform() == "gpu" and preferred(D, q.dtype) and addressable(cache.k):
         return "pallas_gpu"

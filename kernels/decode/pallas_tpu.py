@@ -40,6 +40,7 @@ STEP_BYTES = 2**20
 MAX_TILE = 1024
 MAX_TILES_PER_STEP = 8
 MAX_STEP_BYTES = 2**22  # two of them are in vector memory, which is 16 MiB at least
+DEFAULT_VMEM = 2**24  # of a kernel that asks for no more
 MAX_SCHEDULE_BYTES = 960 * 2**10  # of the 1 MiB of scalar memory
 
 
@@ -67,8 +68,8 @@ def pallas_tpu_decode_attention(
 ) -> jax.Array:  # [N, Q, H, D]
     """See `decode_attention`. `tile` (tokens, slot-contiguous only), `cores`, `interpret`: for tests.
 
-    Raises ValueError where the program is not for a TPU, and for a head_dim, a page size or a number of pages that the
-    kernel is not made for.
+    Raises ValueError where the program is not for a TPU, and for a head_dim, a page size, a number of pages or of new
+    tokens that the kernel or the chip is not made for.
     """
     N, Q, H, D = q.shape
     K, C = cache.k.shape[2:4]
@@ -94,6 +95,10 @@ def pallas_tpu_decode_attention(
         raise ValueError(f"decode_attention: 'pallas_tpu' would need {used} bytes of scalar memory for {N} slots of "
                          f"{pages.shape[1] * tiles} tiles, and {MAX_SCHEDULE_BYTES} are there; use larger pages.")
     steps = schedule.slot.shape[0] // cores
+    needed = vmem_bytes(q, k_new)
+    if not interpret and not fits(q, k_new):
+        raise ValueError(f"decode_attention: 'pallas_tpu' would need {needed} bytes of vector memory for {Q} new tokens "
+                         f"of {H} heads, and this chip has {pltpu.get_tpu_info().vmem_capacity_bytes}.")
 
     G, X = H // K, Q * (H // K)
     rows = q.reshape(N, Q, K, G, D).transpose(0, 2, 3, 1, 4).reshape(N, K, X, D)
@@ -128,7 +133,10 @@ def pallas_tpu_decode_attention(
                             pltpu.VMEM((K, X, D), jnp.float32)],
         ),
         out_shape=jax.ShapeDtypeStruct((N, K, X, D), q.dtype),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=None if needed <= DEFAULT_VMEM or interpret else pltpu.get_tpu_info().vmem_capacity_bytes,
+        ),
         cost_estimate=pl.CostEstimate(  # of full slots: how full they are is not known before the program runs
             flops=4 * N * H * Q * (cache.capacity + Q) * D,
             transcendentals=N * H * Q * (cache.capacity + Q),
@@ -141,6 +149,20 @@ def pallas_tpu_decode_attention(
         rows, k_new, v_new, new_intervals, *[array for array, _ in parts for _ in range(J)],
     )  # fmt: skip
     return out.reshape(N, K, G, Q, D).transpose(0, 3, 1, 2, 4).reshape(N, Q, H, D)
+
+
+def vmem_bytes(q: jax.Array, k_new: jax.Array) -> int:
+    """What a step holds of a slot and of the cache, at most; its blocks twice, one of them on its way."""
+    (Q, H, D), K = q.shape[1:], k_new.shape[2]
+    lanes = pl.cdiv(D, 128) * 128
+    blocks = 2 * (2 * Q * H + 2 * Q * K) * lanes * q.dtype.itemsize + 2 * 4 * Q * (H // K) * 128
+    return blocks + 4 * Q * H * (2 * 128 + lanes) + 2 * MAX_STEP_BYTES
+
+
+def fits(q: jax.Array, k_new: jax.Array) -> bool:
+    """Whether the chip that the program is for has the vector memory: a window of a full-attention model with many
+    heads is too much for the 16 MiB of a v4."""
+    return vmem_bytes(q, k_new) <= max(pltpu.get_tpu_info().vmem_capacity_bytes, DEFAULT_VMEM)
 
 
 def _power_of_two(size: int, low: int, high: int) -> int:

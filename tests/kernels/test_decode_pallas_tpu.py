@@ -110,6 +110,18 @@ def test_compiles_and_copies_nothing_of_the_cache(topology):
         assert memory.temp_size_in_bytes < math.prod(args[1].k.shape) / 8
 
 
+@pytest.mark.parametrize("topology, kernel", [("v4:1x1x1", False), ("v5e:1x1", True), ("v5p:1x1x1", True)])
+def test_a_window_of_many_heads_takes_the_kernel_where_there_is_the_vector_memory(topology, kernel):
+    """160 new tokens of 32 key/value heads (LLaDA-8B with the published horizon) hold more than 16 MiB."""
+    if missing := missing_compiler("tpu"):
+        pytest.skip(missing)
+    mesh = make_mesh(devices=compile_devices(topology))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        args = arguments(mesh.devices.item(), 16, 160, 1024, 32, 32, 128, B16, 64)
+        text = jax.jit(decode_attention).trace(*args).lower(lowering_platforms=("tpu",)).compile().as_text()
+    assert ("tpu_custom_call" in text) == kernel
+
+
 @pytest.mark.parametrize("shape", [
     (3, 4, 1000, 8, 2, 64, B16), (3, 4, 1000, 8, 2, 80, jnp.float32), (3, 8, 1000, 4, 2, 96, B16, None, INT8),
     (3, 4, 1000, 8, 8, 256, B16), (3, 8, 1024, 7, 1, 128, jnp.float32, 8), (64, 8, 4096, 4, 1, 128, B16, 16),

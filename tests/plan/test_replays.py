@@ -27,7 +27,7 @@ def run_config(**changes) -> RunConfig:
     flags = {"model.path": "none", "model.preset": "sdar_tiny", "task.max_prompt_tokens": 9, "rollout.max_tokens": 16,
              "rollout.prompts_per_step": 4, "rollout.samples_per_prompt": 3, "rollout.cache": "none",
              "rollout.horizon": "none", "rollout.block_size": B, "rl.row_length": 60, "rl.rows_per_device": 3,
-             "rl.shrink": 1, **changes}  # fmt: skip
+             "rl.shrink": 1, "rl.importance_sampling": "none", **changes}  # fmt: skip
     return load_config(RunConfig, "rl_dream_7b_math", [f"--config.{key}={value}" for key, value in flags.items()])
 
 
