@@ -105,7 +105,7 @@ def _dispatch(argv: list[str]) -> int:
     module.add_arguments(parser)
     args = parser.parse(rest)
     set_up_logging()
-    if command in JOINING:
+    if command in JOINING and not getattr(args, "print_config", False):  # which needs nobody else
         from tracerl_jax.parallel.job import join
 
         join()

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from tracerl_jax.errors import ConfigError, UserError
+from tracerl_jax.launch import cli
 from tracerl_jax.launch.common import CommandParser, add_config_arguments, command_again, resolve, split_overrides
+from tracerl_jax.parallel import job
 
 FILE = """
 from ml_collections import ConfigDict
@@ -98,6 +100,13 @@ def test_unknown_key(file):
     args = make_parser().parse(["--config", file, "--config.optimizer.rat=3"])
     with pytest.raises(ConfigError, match=r"did you mean --config\.optimizer\.rate\?"):
         resolve(args, Run)
+
+
+def test_a_config_is_printed_without_the_other_processes_of_a_job(monkeypatch, capsys):
+    monkeypatch.setattr(job, "join", lambda: pytest.fail("waits for them"))
+    with pytest.raises(SystemExit):
+        cli.main(["rl", "--config", "demo", "--print_config"])
+    assert json.loads(capsys.readouterr().out)["name"] == "demo"
 
 
 def test_print_config(file, capsys):

@@ -39,7 +39,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 CONFIG = Path(__file__).with_name("chaos_config.py")
 TOKEN = "TRACERL_CHAOS"  # variable of every process that a round starts
-TIMES = ("seconds", "per_second", "tokens/s", "mfu", "memory")  # in the names of metrics that differ between equal runs
+TIMES = ("seconds", "per_second", "tokens/s", "chips/", "hosts/")  # in the names of metrics that differ in equal runs
 LONGEST = 300.0, 10.0  # seconds, and times the undisturbed run, until a job that does not end is given up
 PATIENCE = 5.0  # seconds that processes have to be gone behind their launcher
 STARTS = 4  # by hand, of a round

@@ -26,7 +26,9 @@ def finished(tmp_path):
         run = tmp_path / name
         for folder in ("hf", "checksums", "checkpoints/3"):
             (run / folder).mkdir(parents=True)
-        (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "reward": 0.5, "seconds/total": seconds}) + "\n")
+        times = ("seconds/total", "chips/total/mfu", "hosts/rollout/ratio", "hosts/rollout/slowest")
+        row = {"step": 1, "reward": 0.5, **dict.fromkeys(times, seconds)}
+        (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
         (run / "samples.jsonl").write_text('{"text": "12"}\n')
         (run / "summary.json").write_text('{"status": "finished", "eval": {"after": 0.25}}')
         (run / "hf/model.safetensors").write_bytes(b"weights")

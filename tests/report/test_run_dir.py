@@ -52,6 +52,13 @@ def test_keys_that_may_change_are_reported_and_stored(tmp_path):
         assert run.config["rl"]["steps"] == 20
 
 
+def test_where_moments_lie_may_change(tmp_path):
+    for offload in (False, True):
+        with RunDir(tmp_path) as run:
+            changed = run.write_config({"rl": {"optimizer": {"offload": offload, "b2": 0.999}}})
+    assert changed == {"rl.optimizer.offload": (False, True)}
+
+
 def test_how_a_judge_is_reached_may_change_and_what_it_is_asked_may_not(tmp_path):
     def config(**judge):
         return {"reward": {"judge": {"url": "a", "timeout_seconds": 1.0, "prompt": "?", **judge}}}

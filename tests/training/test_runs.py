@@ -65,6 +65,11 @@ def test_the_first_wait_for_other_processes_has_a_limit_of_time(tmp_path, monkey
     assert met == [["start"]]
 
 
+def test_a_limit_for_a_phase_that_there_is_not_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"names rolout, which is no phase; there are start, export, save"):
+        train(tiny(tmp_path, faults__phase_timeout={"start": 60.0, "rolout": 900.0}))
+
+
 def test_every_step_of_it_updates_both_models(whole):
     rows = [row for row in metric_rows(whole) if row["phase"] == "rl"]
     assert all(row["updates/skipped"] == 0 and row["policy/grad_norm"] > 0 for row in rows)

@@ -34,8 +34,8 @@ HOSTS = "hosts.jsonl"
 # the work is laid out on devices, or how a judge is reached, which leaves the objective as it was.
 CHANGEABLE = (
     "name", "runs_dir", "rl.steps", "sft.steps", "eval.every", "checkpoint.*", "report.*", "faults.*",
-    "sft.log_every",
-    "rl.max_skipped_updates", "mesh.*", "model.remat", "model.attention", "rollout.tensor", "rollout.slots_per_device",
+    "sft.log_every", "rl.max_skipped_updates", "*.optimizer.offload", "mesh.*",
+    "model.remat", "model.attention", "rollout.tensor", "rollout.slots_per_device",
     "*.rows_per_device", "*.row_length", "reward.model.tokens_per_device", "reward.judge.url",
     "reward.judge.*_variable", "reward.judge.*_seconds", "reward.judge.retries", "reward.judge.concurrency",
     "reward.judge.requests_per_minute", "reward.judge.cache", "reward.judge.offline",

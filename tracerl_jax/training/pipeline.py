@@ -17,9 +17,11 @@ from tracerl_jax.parallel.peers import from_lead
 from tracerl_jax.report.metrics import MetricLog
 from tracerl_jax.report.page import write_page
 from tracerl_jax.report.run_dir import METRICS, SUMMARY, read_json, read_jsonl
+from tracerl_jax.rl.loop import PHASES as RL_PHASES
 from tracerl_jax.rl.loop import make_learner, train_rl
 from tracerl_jax.rl.update import Learner
 from tracerl_jax.rollout.engine import Engine
+from tracerl_jax.sft.loop import PHASES as SFT_PHASES
 from tracerl_jax.sft.loop import prepare_examples, train_sft
 from tracerl_jax.training.checkpoint import abstract_like, disk_errors
 from tracerl_jax.training.optimizer import make_optimizer
@@ -27,6 +29,8 @@ from tracerl_jax.training.run import Progress, Run
 from tracerl_jax.training.step import TrainState, abstract_state, init_state, sharded_abstract_params
 
 log = logging.getLogger(__name__)
+
+PHASES = ("start", "export", *RL_PHASES, *SFT_PHASES)  # whose time `faults.phase_timeout` limits
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -39,6 +43,9 @@ def train(config: RunConfig) -> dict[str, Any]:
     steps, profiled = config.rl.steps or config.sft.steps, config.report.profiled
     if profiled and profiled[-1] > steps:
         raise ConfigError(f"report.profile asks for steps {profiled[0]} to {profiled[-1]}, but there are {steps}")
+    if unknown := [name for name in config.faults.phase_timeout if name not in PHASES]:
+        known = ", ".join(dict.fromkeys(PHASES))
+        raise ConfigError(f"faults.phase_timeout names {unknown[0]}, which is no phase; there are {known}")
     check_alike(to_dict(config))
     with watchdog.phase("start"):
         run = Run(config)
