@@ -108,10 +108,12 @@ def fill_up(rows: RoundRows, shape: tuple[int, int, int]) -> RoundRows:
 
 
 def pack_to(items: list[ReplayItem], shape: tuple[int, int, int]) -> PackedRows:
-    """The items in rows of padding up to N, T, P: one shape, one compilation."""
+    """The items in rows of padding up to N, T, P, or what they need: one shape, one compilation."""
     N, T, P = shape
     rows = pack(items, row_length=T)
-    return _into(PackedRows.empty(N, T, P, rows.response_lens, L=2 * T, G=64, mask_id=rows.mask_id), rows)
+    L, G = max(2 * T, rows.source_ids.shape[1]), max(64, rows.segments.column.shape[1])
+    P = max(P, rows.target_ids.shape[1])
+    return _into(PackedRows.empty(N, T, P, rows.response_lens, L=L, G=G, mask_id=rows.mask_id), rows)
 
 
 def _into(filled, rows):

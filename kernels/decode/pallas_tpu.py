@@ -97,8 +97,8 @@ def pallas_tpu_decode_attention(
     steps = schedule.slot.shape[0] // cores
     needed = vmem_bytes(q, k_new)
     if not interpret and not fits(q, k_new):
-        raise ValueError(f"decode_attention: 'pallas_tpu' would need {needed} bytes of vector memory for {Q} new tokens "
-                         f"of {H} heads, and this chip has {pltpu.get_tpu_info().vmem_capacity_bytes}.")
+        raise ValueError(f"decode_attention: 'pallas_tpu' would need {needed} bytes of vector memory for {Q} new "
+                         f"tokens of {H} heads, and this chip has {pltpu.get_tpu_info().vmem_capacity_bytes}.")
 
     G, X = H // K, Q * (H // K)
     rows = q.reshape(N, Q, K, G, D).transpose(0, 2, 3, 1, 4).reshape(N, K, X, D)

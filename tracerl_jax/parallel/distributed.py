@@ -139,9 +139,15 @@ def _number(environment: Mapping[str, str], name: str, default: str = "") -> flo
 
 def _is_cluster(environment: Mapping[str, str]) -> bool:
     """Whether JAX would find several processes around this one. Asks no network on a machine that is no TPU host."""
-    from jax._src.clusters import ClusterEnv  # what `jax.distributed.initialize` asks
+    try:
+        from jax._src.clusters import ClusterEnv  # what `jax.distributed.initialize` asks
 
-    for cluster in ClusterEnv._cluster_types:
+        known = ClusterEnv._cluster_types
+    except (ImportError, AttributeError):  # not public: another version of JAX may keep it elsewhere
+        known = []
+        log.warning("this version of JAX (%s) does not say which clusters it knows: several processes form a job only "
+                    "with %s", jax.__version__, ", ".join(VARIABLES))  # fmt: skip
+    for cluster in known:
         name = cluster.__name__
         if (
             cluster.opt_in_only_method

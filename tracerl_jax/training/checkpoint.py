@@ -81,7 +81,7 @@ class Checkpointer:
             documents: JSON-able `data`, `meta` and possibly `ahead`.
         Raises CheckpointError when the disk is full (also for the save before this one).
         """
-        if step in self._manager.all_steps():
+        if step in self._steps():
             return
         args = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         args |= {name: ocp.args.JsonSave(document) for name, document in documents.items()}
