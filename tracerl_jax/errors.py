@@ -23,3 +23,12 @@ class PeerError(UserError):
     """The processes of a job did not find each other: one may have died meanwhile, so that a restart is worthwhile."""
 
     status = 76
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message; "" where it has none."""
+    return (str(error).splitlines() or [""])[0]
+
+
+def in_one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"

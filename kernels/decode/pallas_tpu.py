@@ -162,7 +162,7 @@ def vmem_bytes(q: jax.Array, k_new: jax.Array) -> int:
 def fits(q: jax.Array, k_new: jax.Array) -> bool:
     """Whether the chip that the program is for has the vector memory: a window of a full-attention model with many
     heads is too much for the 16 MiB of a v4."""
-    return vmem_bytes(q, k_new) <= max(pltpu.get_tpu_info().vmem_capacity_bytes, DEFAULT_VMEM)
+    return vmem_bytes(q, k_new) <= pltpu.get_tpu_info().vmem_capacity_bytes
 
 
 def _power_of_two(size: int, low: int, high: int) -> int:

@@ -10,16 +10,16 @@ TEST_COMPILED=folder           compiled programs of earlier jobs; default: a fol
 """
 
 import functools
-import importlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tracerl_jax.launch.launch import free_port
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -79,12 +79,6 @@ def compiled() -> str:
     return os.environ.get("TEST_COMPILED") or _folder_of_session().name
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def tracerl(folder: Path, processes: int, devices: int, words: Sequence[str], **more) -> list[Ended]:
     """`tracerl WORDS..` as a job, to its end."""
     with Job(folder, processes, devices, [__file__, *words], **more) as job:
@@ -93,25 +87,6 @@ def tracerl(folder: Path, processes: int, devices: int, words: Sequence[str], **
 
 def succeed(ended: Sequence[Ended]) -> None:
     assert [process.status for process in ended] == [0] * len(ended), "\n".join(p.output[-4000:] for p in ended)
-
-
-def _at(moment: str, act) -> None:
-    """Has `act` called behind the n-th call of a function: "module:function:n"."""
-    module, name, number = moment.split(":")
-    owner = importlib.import_module(module)
-    *path, name = name.split(".")
-    owner = functools.reduce(getattr, path, owner)
-    original, calls = getattr(owner, name), []
-
-    @functools.wraps(original)
-    def wrapped(*args, **kwargs):
-        result = original(*args, **kwargs)
-        calls.append(name)
-        if len(calls) == int(number):
-            act()
-        return result
-
-    setattr(owner, name, wrapped)
 
 
 def _spoil() -> None:
@@ -146,7 +121,7 @@ def _main() -> int:
     signals = {"TEST_DIE": signal.SIGKILL, "TEST_STOP": signal.SIGTERM, "TEST_FREEZE": signal.SIGSTOP}
     for variable, number in signals.items():
         if variable in os.environ and os.environ["TEST_PROCESS"] == process:
-            _at(os.environ[variable], lambda number=number: os.kill(os.getpid(), number))
+            tiny_runs.call_behind(os.environ[variable], lambda number=number: os.kill(os.getpid(), number))
     from tracerl_jax.launch.cli import main
 
     return main(sys.argv[1:])

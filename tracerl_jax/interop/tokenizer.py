@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tracerl_jax.errors import CheckpointError
+from tracerl_jax.errors import CheckpointError, in_one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,9 +66,8 @@ def _no_remarks() -> Iterator[None]:
 
 
 def _unreadable(folder: Path, error: Exception) -> CheckpointError:
-    first_line = (str(error).splitlines() or [""])[0]
     return CheckpointError(
-        f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {first_line}); fetch its files again, or "
+        f"{folder}: the tokenizer cannot be loaded ({in_one_line(error)}); fetch its files again, or "
         "save it with tokenizer.json"
     )
 

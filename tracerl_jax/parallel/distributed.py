@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from tracerl_jax.errors import ConfigError, PeerError
+from tracerl_jax.errors import ConfigError, PeerError, first_line
 from tracerl_jax.parallel import watchdog
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ STATUS_PEER_LOST = watchdog.STATUS_PEER_LOST
 # JAX's own service ends the processes of a job, by SIGABRT, when one is silent for so long: our watchdog comes first.
 JAX_HEARTBEAT_SECONDS = 24 * 3600
 SHUTDOWN_SECONDS = 30
+FOR_EVER_MS = 7 * 24 * 3600 * 1000  # the watchdog ends a process that waits for one that is gone or never comes
 
 
 def is_job() -> bool:
@@ -81,7 +82,7 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
                 heartbeat_timeout_seconds=JAX_HEARTBEAT_SECONDS,
             )  # fmt: skip
         except (RuntimeError, ValueError) as error:
-            raise PeerError(f"{where}: the job cannot be joined ({str(error).splitlines()[0]}): is the port "
+            raise PeerError(f"{where}: the job cannot be joined ({first_line(error)}): is the port "
                             "free on the host of process 0, and does an older job run there?") from error
     if is_job():
         watchdog.start(client(), process_index(), process_count())
@@ -99,7 +100,7 @@ def client() -> Any:
 def end() -> None:
     """Leaves the job in good order: when all processes have come here."""
     if is_job():
-        client().wait_at_barrier("tracerl/end", 7 * 24 * 3600 * 1000)  # the watchdog notices who never comes
+        client().wait_at_barrier("tracerl/end", FOR_EVER_MS)
         watchdog.stop()
         jax.distributed.shutdown()
 

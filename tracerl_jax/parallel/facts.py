@@ -53,10 +53,10 @@ def source_digest() -> str:
 
 
 def _compare(config: Mapping[str, Any]) -> None:
-    wait = 7 * 24 * 3600 * 1000  # the watchdog ends a process that waits for one that is gone
     expected = json.loads(json.dumps(facts(config), default=str))
+    client, wait = distributed.client(), distributed.FOR_EVER_MS
     for index in range(1, distributed.process_count()):
-        found = json.loads(distributed.client().blocking_key_value_get(f"tracerl/facts/{index}", wait))
+        found = json.loads(client.blocking_key_value_get(f"tracerl/facts/{index}", wait))
         if differences := compare_configs(expected, found):
             lines = [f"  {key}: process 0 has {_show(a)}, process {index} has {_show(b)}"
                      for key, (a, b) in sorted(differences.items())]  # fmt: skip

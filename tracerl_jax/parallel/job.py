@@ -6,6 +6,8 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from tracerl_jax.errors import in_one_line
+
 STATUS_FAILED = 1
 _STATUSES = "(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): "
 
@@ -63,7 +65,7 @@ def _fail(error: Exception) -> None:
     if _is_consequence(error):
         watchdog.await_verdict()
         status = watchdog.STATUS_PEER_LOST  # nobody is dead: a connection broke
-    distributed.give_up(status, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+    distributed.give_up(status, in_one_line(error))
 
 
 def _is_consequence(error: BaseException | None) -> bool:

@@ -23,7 +23,6 @@ from tracerl_jax.parallel import distributed
 Value = TypeVar("Value")
 
 _calls = itertools.count()
-_FOR_EVER_MS = 7 * 24 * 3600 * 1000  # the watchdog ends a process that waits for one that is gone
 _CHUNK = 1 << 20  # bytes of a value in the store
 _SMALLEST = 1 << 10  # bytes; what is gathered is as long as this, twice, four times ..: few programs
 
@@ -47,8 +46,8 @@ def from_lead(make: Callable[[], Value]) -> Value:
         if error is not None:
             raise error
         return result
-    count = int(client.blocking_key_value_get(f"{key}/count", _FOR_EVER_MS))
-    data = b"".join(client.blocking_key_value_get_bytes(f"{key}/{i}", _FOR_EVER_MS) for i in range(count))
+    count = int(client.blocking_key_value_get(f"{key}/count", distributed.FOR_EVER_MS))
+    data = b"".join(client.blocking_key_value_get_bytes(f"{key}/{i}", distributed.FOR_EVER_MS) for i in range(count))
     result, error = pickle.loads(data)
     if error is not None:
         kind, message = error
@@ -71,7 +70,7 @@ def gather(value: Value) -> list[Value]:
 def meet() -> None:
     """Waits until everybody has come here; the devices do not notice."""
     if distributed.is_job():
-        distributed.client().wait_at_barrier(f"tracerl/meet/{next(_calls)}", _FOR_EVER_MS)
+        distributed.client().wait_at_barrier(f"tracerl/meet/{next(_calls)}", distributed.FOR_EVER_MS)
 
 
 def connect(mesh: Mesh) -> None:

@@ -25,6 +25,9 @@ class Follower:
     def append_samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
         pass
 
+    def append_hosts(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        pass
+
     def truncate_after(self, step: int, phase: str) -> None:
         pass
 

@@ -7,22 +7,13 @@ longest that wait for another. Late is said of phases of local work alone.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 LOCAL = ("rollout", "reward", "pack")  # phases in which a process works by itself, on its own samples
 RATIO, STEPS = 1.5, 3  # so many times the median, in so many steps in a row, is late
 SHARE = 0.05  # of the step's time; less is nobody's loss
 
-Gather = Callable[[np.ndarray], np.ndarray]  # [n] -> [processes, n]
-
-
-def gather_processes(values: np.ndarray) -> np.ndarray:
-    """[n] -> [processes, n], float32 where there are several. Every process must call it, all at the same point."""
-    if jax.process_count() == 1:
-        return values[None]
-    return np.asarray(multihost_utils.process_allgather(np.asarray(values, np.float32)))
+Gather = Callable[[np.ndarray], Sequence[np.ndarray]]  # `peers.gather`
 
 
 def by_host(values: Mapping[str, float], names: Sequence[str], gather: Gather) -> dict[str, np.ndarray]:
@@ -32,7 +23,7 @@ def by_host(values: Mapping[str, float], names: Sequence[str], gather: Gather) -
     """
     if unknown := set(values) - set(names):
         raise KeyError(f"{sorted(unknown)} are not gathered: other processes would not expect them")
-    table = gather(np.array([values.get(name, np.nan) for name in names]))
+    table = np.array(gather(np.array([values.get(name, np.nan) for name in names])))
     return {name: column for name, column in zip(names, table.T, strict=True) if not np.isnan(column).all()}
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from tracerl_jax.parallel.distributed import is_job, process_index
+
 log = logging.getLogger(__name__)
 
 
@@ -21,7 +23,7 @@ class Profiler:
 
     def __init__(self, steps: range, folder: Path):
         # JAX names its files by host and second, which several processes of a machine may share.
-        self.folder = folder if jax.process_count() == 1 else folder / f"process{jax.process_index()}"
+        self.folder = folder / f"process{process_index()}" if is_job() else folder
         self._steps = steps
         self._traced: list[int] = []
 

@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
+from tracerl_jax.parallel import peers
+from tracerl_jax.parallel.distributed import is_lead
 from tracerl_jax.plan.chips import chip_of
 from tracerl_jax.report.flops import Work
-from tracerl_jax.report.hosts import LOCAL, Gather, Stragglers, by_host, gather_processes, slowest
+from tracerl_jax.report.follower import Follower
+from tracerl_jax.report.hosts import LOCAL, Gather, Stragglers, by_host, slowest
 from tracerl_jax.report.run_dir import RunDir
 from tracerl_jax.units import GIB
 
@@ -22,7 +25,7 @@ class Speed:
     """The metrics of a loop's steps that measure its processes and chips (docs/metrics.md#time).
 
     Args:
-      folder: of the run; where several processes take part, the first writes hosts.jsonl there.
+      folder: of the run; where several processes take part, hosts.jsonl is written there.
       phase: of the rows, "sft" or "rl".
       phases: what the loop's timer knows, "total" not among them; the same on every process.
       chips: that the loop's programs run on, on all processes together.
@@ -30,8 +33,8 @@ class Speed:
     """
 
     def __init__(
-        self, folder: RunDir, phase: str, *, phases: Sequence[str], chips: int,
-        product: str | None = None, gather: Gather = gather_processes,
+        self, folder: RunDir | Follower, phase: str, *, phases: Sequence[str], chips: int,
+        product: str | None = None, gather: Gather = peers.gather,
     ):  # fmt: skip
         self.folder, self.phase, self.chips, self.product = folder, phase, chips, product
         self.gather = gather
@@ -72,9 +75,9 @@ class Speed:
         named = {name.partition("/")[2]: each for name, each in table.items() if name.startswith("seconds/")}
         local = {name: named[name] for name in LOCAL if name in named}
         warnings = self.stragglers.look(local, float(np.nanmax(named["total"])))
-        if jax.process_index() == 0:
-            each = {name: [float(value) for value in values] for name, values in named.items()}
-            self.folder.append_hosts([{"step": step, "phase": self.phase, "seconds": each}])
+        each = {name: [float(value) for value in values] for name, values in named.items()}
+        self.folder.append_hosts([{"step": step, "phase": self.phase, "seconds": each}])
+        if is_lead():
             for warning in warnings:
                 log.warning("%s step %d: %s", self.phase, step, warning)
         metrics = {}

@@ -31,7 +31,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from tracerl_jax.config import CheckpointSection
-from tracerl_jax.errors import CheckpointError, UserError
+from tracerl_jax.errors import CheckpointError, UserError, in_one_line
 from tracerl_jax.files import write_json
 from tracerl_jax.parallel import watchdog
 from tracerl_jax.parallel.distributed import is_job, is_lead
@@ -111,7 +111,7 @@ class Checkpointer:
             restored = None
             if problem is None:
                 restored, cause = self._try(step, abstract)
-                problem = next((p for p in gather(cause and _in_one_line(cause)) if p), None)
+                problem = next((p for p in gather(cause and in_one_line(cause)) if p), None)
                 if problem is not None and is_sealed:
                     raise CheckpointError(
                         f"{self._folder / str(step)}: cannot be read ({problem}), although its files are as they were "
@@ -287,10 +287,6 @@ def load_params(path: str | os.PathLike, abstract: Any, step: int | None = None)
 def abstract_like(tree: Any) -> Any:
     """Shapes, dtypes and shardings of a tree of arrays."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-
-
-def _in_one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _read_seal(path: Path) -> dict[str, list[int]] | None:
