@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from tracerl_jax.errors import ConfigError, DataError, UserError
@@ -88,15 +89,20 @@ def run(args: argparse.Namespace) -> int:
     from tracerl_jax.evals.manifest import make_manifest
     from tracerl_jax.evals.runner import eval_protocols, evaluate, samples_of
     from tracerl_jax.interop.tokenizer import decode
+    from tracerl_jax.parallel import watchdog
     from tracerl_jax.parallel.distributed import is_lead, process_index
     from tracerl_jax.parallel.facts import check_alike
     from tracerl_jax.rewards import settings, start_rewards
     from tracerl_jax.rollout.folder import load_weights, open_engine
+    from tracerl_jax.training.pipeline import check_phases
     from tracerl_jax.training.run import engine_config
 
     _require_positive(args, "max_tokens", "max_prompt_tokens", "slots")
     config = _config(args)
+    check_phases(config)
     check_alike({**to_dict(config), "flags": vars(args)})
+    faults, stacks = config.faults, Path(args.output) if args.output else None
+    watchdog.configure(faults.heartbeat, faults.phase_seconds, faults.phase_timeout, stacks)
     settings.configure(config.reward)
     samples = _per_task(args, "samples", config.eval.samples_per_prompt, _positive)
     strategies, rollout, dtype = eval_protocols(config), config.rollout, config.model.dtype
@@ -117,7 +123,8 @@ def run(args: argparse.Namespace) -> int:
             described = {name: (task, problems[name], samples[name]) for name, task in tasks.items()}
             manifest = make_manifest(args.model, dtype, described, strategies, _cache(rollout))
             folder = stack.enter_context(ResultsFolder(args.output, manifest, args.overwrite))
-        load_weights(engine, args.model)
+        with watchdog.phase("start"):
+            load_weights(engine, args.model)
         for name, task in tasks.items():
             for strategy, options in strategies.items():
                 items = Items()

@@ -18,6 +18,10 @@ def talk() -> None:
     assert peers.from_lead(lambda: ("from", me)) == ("from", 0)
     big = {"text": "x" * (3 << 20)}  # several pieces of the store
     assert peers.from_lead(lambda: big) == big
+    assert peers._told == [] or me == 0
+    assert peers.gather("y" * (me * 5000)) == ["y" * (i * 5000) for i in range(n)]
+    assert peers._told == []  # everybody has read it
+    peers._TOGETHER = 4096  # as if it were too much for the devices
     assert peers.gather("y" * (me * 5000)) == ["y" * (i * 5000) for i in range(n)]
     items = list(range(7))
     shares = peers.gather(peers.own_share(items))

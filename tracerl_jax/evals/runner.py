@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from tracerl_jax.evals.beside import consume_beside
 from tracerl_jax.evals.items import Items, Seconds
 from tracerl_jax.evals.statistics import Score, scores
 from tracerl_jax.files import plain
-from tracerl_jax.parallel import distributed, peers
+from tracerl_jax.parallel import distributed, peers, watchdog
 from tracerl_jax.rewards import Answers, get_answers, score
 from tracerl_jax.rollout.engine import Engine
 from tracerl_jax.rollout.options import Request, SamplingOptions
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 PROTOCOLS = ("dynamic", "static")
 Row = dict[str, Any]
 Answer = tuple[Problem, Trace]
+Value = TypeVar("Value")
 
 
 def protocol(
@@ -157,7 +158,7 @@ def evaluate(
 
     def answered() -> Iterator[Answer]:
         requests = [Request(problem.prompt_ids, options, sample_index=i) for problem, i in left]
-        for finished in completed(engine, requests):
+        for finished in in_phases(completed(engine, requests)):
             passed = time.monotonic() - started
             items.clock(decode=passed, wall=passed)
             yield from ((left[index][0], trace) for index, trace in finished.items())
@@ -178,6 +179,17 @@ def evaluate(
         if index != distributed.process_index():
             items.receive(index, rows)
     return summarise(items, k, accuracy_reward)
+
+
+def in_phases(chunks: Iterator[Value]) -> Iterator[Value]:
+    """The same chunks of decoding, each a phase `eval`: an evaluation may take as long as it likes, a chunk may not."""
+    end = object()
+    while True:
+        with watchdog.phase("eval"):
+            chunk = next(chunks, end)
+        if chunk is end:
+            return
+        yield chunk
 
 
 def _judged(

@@ -120,7 +120,7 @@ def _given(environment: Mapping[str, str]) -> dict[str, Any] | None:
         raise ConfigError(f"{present[0]} is set, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
                           f"not: set all of {', '.join(VARIABLES)}, or none")  # fmt: skip
     address = environment["TRACERL_COORDINATOR"]
-    count, index = (int(_number(environment, name)) for name in VARIABLES[1:])
+    count, index = (_number(environment, name, kind=int) for name in VARIABLES[1:])
     host, colon, port = address.rpartition(":")
     if not (host and colon and port.isdecimal()):
         raise ConfigError(f"TRACERL_COORDINATOR is {address!r}, must be HOST:PORT, an address of process 0")
@@ -131,11 +131,12 @@ def _given(environment: Mapping[str, str]) -> dict[str, Any] | None:
             "cluster_detection_method": "deactivate"}  # fmt: skip
 
 
-def _number(environment: Mapping[str, str], name: str, default: str = "") -> float:
+def _number(environment: Mapping[str, str], name: str, default: str = "", kind: type = float) -> Any:
     try:
-        return float(environment.get(name) or default)
+        return kind(environment.get(name) or default)
     except ValueError:
-        raise ConfigError(f"{name} is {environment.get(name)!r}, must be a number") from None
+        whole = "a whole number" if kind is int else "a number"
+        raise ConfigError(f"{name} is {environment.get(name)!r}, must be {whole}") from None
 
 
 def _is_cluster(environment: Mapping[str, str]) -> bool:

@@ -25,6 +25,8 @@ Value = TypeVar("Value")
 _calls = itertools.count()
 _CHUNK = 1 << 20  # bytes of a value in the store
 _SMALLEST = 1 << 10  # bytes; what is gathered is as long as this, twice, four times ..: few programs
+_TOGETHER = 1 << 28  # bytes, a power of two: of everybody's, on each device at a time
+_told: list[str] = []  # keys of values that process 0 has put into the store
 
 
 def from_lead(make: Callable[[], Value]) -> Value:
@@ -33,6 +35,7 @@ def from_lead(make: Callable[[], Value]) -> Value:
         return make()
     key, client = f"tracerl/lead/{next(_calls)}", distributed.client()
     if distributed.is_lead():
+        _told.append(key)
         error, result = None, None
         try:
             result = make()
@@ -61,16 +64,31 @@ def gather(value: Value) -> list[Value]:
         return [value]
     data = np.frombuffer(pickle.dumps(value), np.uint8)
     meet()  # they may come minutes apart, which collectives of some devices do not like
-    sizes = process_allgather(np.array([len(data)], np.int32)).reshape(-1)
-    room = max(_SMALLEST, 1 << int(sizes.max() - 1).bit_length())
-    rows = process_allgather(np.pad(data, (0, room - len(data))))
-    return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+    longest = max(_gather_sizes(len(data)))
+    most = max(_SMALLEST, _TOGETHER >> (distributed.process_count() - 1).bit_length())
+    rows: list[list[np.ndarray]] = [[] for _ in range(distributed.process_count())]
+    for start in range(0, longest, most):
+        piece = data[start : start + most]
+        room = max(_SMALLEST, 1 << (min(most, longest - start) - 1).bit_length())
+        for row, found in zip(rows, process_allgather(np.pad(piece, (0, room - len(piece)))), strict=True):
+            row.append(found)
+    return [pickle.loads(np.concatenate(row)) for row in rows]  # which ends where the pickle does
+
+
+def _gather_sizes(size: int) -> list[int]:
+    """In two halves: JAX has no integers of 64 bits here."""
+    halves = process_allgather(np.array(divmod(size, 1 << 16), np.int32)).reshape(-1, 2)
+    return [int(high) << 16 | int(low) for high, low in halves]
 
 
 def meet() -> None:
     """Waits until everybody has come here; the devices do not notice."""
-    if distributed.is_job():
-        distributed.client().wait_at_barrier(f"tracerl/meet/{next(_calls)}", distributed.FOR_EVER_MS)
+    if not distributed.is_job():
+        return
+    client = distributed.client()
+    client.wait_at_barrier(f"tracerl/meet/{next(_calls)}", distributed.FOR_EVER_MS)
+    while _told:  # which everybody has read
+        client.key_value_delete(_told.pop())
 
 
 def connect(mesh: Mesh) -> None:

@@ -161,9 +161,11 @@ def start(client: Any, index: int, count: int) -> None:
 
 
 def configure(
-    heartbeat: float, default_limit: float, limits: Mapping[str, float], folder: Path, stoppable: Stoppable
+    heartbeat: float, default_limit: float, limits: Mapping[str, float], folder: Path | None,
+    stoppable: Stoppable | None = None,
 ) -> None:
-    """Limits in seconds, the run folder, and what requests to stop go to and come from. Without a job of no effect."""
+    """Limits in seconds, the folder for stacks, and what requests to stop go to and come from. Without a job of no
+    effect."""
     if _watchdog is not None:
         _watchdog.heartbeat, _watchdog.default_limit, _watchdog.limits = heartbeat, default_limit, dict(limits)
         _watchdog.folder, _watchdog.stoppable = folder, stoppable

@@ -11,7 +11,7 @@ from tracerl_jax.config import RunConfig
 from tracerl_jax.data.curriculum import open_iterator
 from tracerl_jax.models import Model
 from tracerl_jax.parallel.peers import own_share
-from tracerl_jax.report.flops import FORWARD, TRAINED, replay_work, rollout_work
+from tracerl_jax.report.flops import FORWARD, TRAINED, replay_work
 from tracerl_jax.report.metrics import MetricLog, PhaseTimer, merge
 from tracerl_jax.report.profile import Profiler
 from tracerl_jax.report.samples import sample_row
@@ -104,8 +104,7 @@ def train_rl(
             with timer.step(step):
                 settle()
                 experience = rollouts.take(step, updates, timer)
-                done = rollout_work(run.model.config, own_share(experience.traces), config.rollout.cache)
-                timer.count("rollout", dataclasses.replace(done, seconds=experience.rollout_seconds))
+                timer.count("rollout", dataclasses.replace(experience.work, seconds=experience.rollout_seconds))
                 kept = select(experience.samples, learner.config, config.reward.process.normalise)
                 if not kept:
                     guard.check_rollout(experience.traces, f"rl step {step}")

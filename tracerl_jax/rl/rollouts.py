@@ -38,7 +38,8 @@ from tracerl_jax.data.curriculum import SuccessRateCurriculum
 from tracerl_jax.data.iterator import PromptIterator
 from tracerl_jax.data.prompts import Problem
 from tracerl_jax.diffusion.trace import Trace
-from tracerl_jax.parallel import peers
+from tracerl_jax.parallel import distributed, peers
+from tracerl_jax.report.flops import Work, rollout_work
 from tracerl_jax.report.metrics import PhaseTimer
 from tracerl_jax.rl.experience import Sample, judge, select
 from tracerl_jax.rollout.engine import Engine
@@ -56,6 +57,7 @@ class Experience:
     policy_updates: int  # that the policy that sampled them had had
     rollout_seconds: float
     reward_seconds: float
+    work: Work  # of decoding, this process's share
     sampling: dict[str, float] = field(default_factory=dict)  # metrics: of the rounds, of what draws the problems
 
     @property
@@ -111,10 +113,12 @@ class Rollouts:
         chosen: list[int] = []
         samples: list[Sample] = []
         rounds, decoding, judging, missing = 0, 0.0, 0.0, config.rollout.prompts_per_step
+        work = Work(0, 0.0)
         while missing and rounds < config.rl.sampling_rounds:
             drawn = self.iterator.next(missing, avoid=chosen).tolist()
-            judged, seconds = self._sample(drawn, requests_of(self.run, drawn, step, before=chosen), timer, decode)
-            decoding, judging = decoding + seconds[0], judging + seconds[1]
+            requests = requests_of(self.run, drawn, step, before=chosen)
+            judged, seconds, done = self._sample(drawn, requests, timer, decode)
+            decoding, judging, work = decoding + seconds[0], judging + seconds[1], work + done
             samples += [dataclasses.replace(sample, group=sample.group + len(chosen)) for sample in judged]
             chosen += drawn
             self.iterator.record(drawn, _success_rates(judged))
@@ -127,13 +131,14 @@ class Rollouts:
         if len(config.rollout.stages()) > 1:
             block_size = stage.block_size or self.run.model.config.block_size
             sampling |= {"rollout/max_tokens": float(stage.max_tokens), "rollout/block_size": float(block_size)}
-        return Experience(chosen, samples, updates, decoding, judging, sampling)
+        return Experience(chosen, samples, updates, decoding, judging, work, sampling)
 
     def _sample(
         self, drawn: list[int], requests: list[Request], timer: PhaseTimer,
         decode: Callable[[Sequence[Request]], list[Trace]],
-    ) -> tuple[list[Sample], tuple[float, float]]:
-        """The judged samples of a round, and the seconds that decoding and judging took, of the slowest process."""
+    ) -> tuple[list[Sample], tuple[float, float], Work]:
+        """The judged samples of a round, the seconds that decoding and judging took, of the slowest process, and what
+        this one decoded."""
         k = self.run.config.rollout.samples_per_prompt
         groups = peers.own_share([group for group in range(len(drawn)) for _ in range(k)])
         problems = [self.run.train_problems[i] for i in drawn]
@@ -150,7 +155,8 @@ class Rollouts:
 
         shares, seconds = zip(*together(work, timer("exchange")), strict=True)
         samples = [dataclasses.replace(s, problem=problems[s.group]) for s in peers.interleave(shares)]
-        return samples, tuple(map(max, zip(*seconds, strict=True)))
+        mine = [sample.trace for sample in shares[distributed.process_index()]]
+        return samples, tuple(map(max, zip(*seconds, strict=True))), work_of(self.run, mine)
 
 
 class OneStepOff(Rollouts):
@@ -253,13 +259,17 @@ def judge_traces(
     )  # fmt: skip
 
 
+def work_of(run: Run, traces: Sequence[Trace]) -> Work:
+    return rollout_work(run.model.config, traces, run.config.rollout.cache)
+
+
 def _restored(run: Run, ahead: dict) -> Experience:
     """The experience of a checkpoint, judged once more."""
     traces = [Trace.from_row(row, f"sample {i} of the checkpoint") for i, row in enumerate(ahead["traces"])]
     known = {name: ahead[name] for name in _SAVED if name in ahead}
     groups = [i // run.config.rollout.samples_per_prompt for i in range(len(traces))]
     problems = [run.train_problems[ahead["problems"][group]] for group in groups]
-    return Experience(samples=judge_traces(run, problems, groups, traces), **known)
+    return Experience(samples=judge_traces(run, problems, groups, traces), work=work_of(run, traces), **known)
 
 
 def _success_rates(samples: Sequence[Sample]) -> list[float]:

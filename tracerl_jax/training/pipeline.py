@@ -33,6 +33,13 @@ log = logging.getLogger(__name__)
 PHASES = ("start", "export", *RL_PHASES, *SFT_PHASES)  # whose time `faults.phase_timeout` limits
 
 
+def check_phases(config: RunConfig) -> None:
+    """Raises ConfigError for a limit of a phase that there is not."""
+    if unknown := [name for name in config.faults.phase_timeout if name not in PHASES]:
+        known = ", ".join(dict.fromkeys(PHASES))
+        raise ConfigError(f"faults.phase_timeout names {unknown[0]}, which is no phase; there are {known}")
+
+
 def train(config: RunConfig) -> dict[str, Any]:
     """Run to the end and return the summary (also in <run>/summary.json).
 
@@ -43,9 +50,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     steps, profiled = config.rl.steps or config.sft.steps, config.report.profiled
     if profiled and profiled[-1] > steps:
         raise ConfigError(f"report.profile asks for steps {profiled[0]} to {profiled[-1]}, but there are {steps}")
-    if unknown := [name for name in config.faults.phase_timeout if name not in PHASES]:
-        known = ", ".join(dict.fromkeys(PHASES))
-        raise ConfigError(f"faults.phase_timeout names {unknown[0]}, which is no phase; there are {known}")
+    check_phases(config)
     check_alike(to_dict(config))
     with watchdog.phase("start"):
         run = Run(config)
