@@ -21,7 +21,7 @@ from pathlib import Path
 from tracerl_jax.config import RunConfig
 from tracerl_jax.config_io import load_config
 from tracerl_jax.launch.demo import use_all_cores
-from tracerl_jax.report.run_dir import read_jsonl
+from tracerl_jax.report.run_dir import intact_rows
 from tracerl_jax.rewards import register_reward
 
 OVERLAP = {"overlap": "one_step_off"}
@@ -63,7 +63,7 @@ def main() -> None:
             for mode, changes in MODES.items():
                 name = f"{mode} {repeat}"
                 quietly(train, replace(start, name=name, rl={"steps": args.steps, **changes}))
-                rows[mode] += list(read_jsonl(Path(folder) / name / "metrics.jsonl"))[COMPILING:]
+                rows[mode] += list(intact_rows(Path(folder) / name / "metrics.jsonl"))[COMPILING:]
     print_table(rows)
 
 

@@ -213,7 +213,7 @@ def add_engine_flags(flag: Callable[..., Any], of_config: bool = False) -> None:
     own("--dtype", "float32", "of weights and compute", choices=("float32", "bfloat16"))
 
 
-def engine_config(args: argparse.Namespace, **more: Any) -> Any:
+def engine_of_flags(args: argparse.Namespace, **more: Any) -> Any:
     """The EngineConfig that the flags of `add_engine_flags` ask for."""
     from tracerl_jax.rollout.options import EngineConfig
 

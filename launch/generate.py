@@ -111,10 +111,10 @@ def _check_flags(args: argparse.Namespace) -> None:
 def _engine(args: argparse.Namespace):
     """(engine without weights, tokenizer or None)."""
     from tracerl_jax.errors import ConfigError
-    from tracerl_jax.launch.common import engine_config
+    from tracerl_jax.launch.common import engine_of_flags
     from tracerl_jax.rollout.folder import open_engine
 
-    config = engine_config(args)
+    config = engine_of_flags(args)
     if args.prompt is not None:
         slots = min(args.slots, args.num_samples)
         config = dataclasses.replace(config, slots=slots, forwards_per_chunk=STREAM_FORWARDS)

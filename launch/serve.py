@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from tracerl_jax.errors import ConfigError
     from tracerl_jax.interop.hf_config import read_model_config
     from tracerl_jax.interop.tokenizer import load_tokenizer, valid_vocab
-    from tracerl_jax.launch.common import describe_memory, engine_config
+    from tracerl_jax.launch.common import describe_memory, engine_of_flags
     from tracerl_jax.models import Model
     from tracerl_jax.parallel.mesh import make_mesh
     from tracerl_jax.rollout.engine import Engine
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"{args.model}: has no tokenizer, which serving needs; put its files into the folder")
     model = Model(read_model_config(args.model, dtype=args.dtype, param_dtype=args.dtype), mesh=make_mesh())
     config = _config(args, model.config)  # names a bad flag, as what follows does, before the weights are read
-    engine = Engine(model, None, engine_config(
+    engine = Engine(model, None, engine_of_flags(
         args, max_length=config.max_length, forwards_per_chunk=args.forwards_per_chunk, page_size=args.page_size,
         pages=args.pages, kv_dtype=args.kv_dtype, valid_vocab=valid_vocab(tokenizer, model.config.vocab_size),
     ))  # fmt: skip

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from tracerl_jax.report.run_dir import read_jsonl
+from tracerl_jax.report.run_dir import intact_rows
 
 TIMES = {"tokens_per_second", "decode_seconds", "wall_seconds", "starts"}
 
@@ -13,7 +13,7 @@ def rows_of(folder):
     """{(file, problem, sample): row} without a torn line; no item twice."""
     rows = {}
     for path in sorted((folder / "items").iterdir()):
-        for row in read_jsonl(path):
+        for row in intact_rows(path):
             key = (path.name, row["index"], row["sample_index"])
             assert key not in rows
             rows[key] = row

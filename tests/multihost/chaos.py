@@ -219,7 +219,10 @@ def kill(job: Job, draw: random.Random, reference: Reference) -> tuple[str, bool
 
 def term(job: Job, draw: random.Random, reference: Reference) -> tuple[str, bool]:
     moment = wait_for_moment(job, draw, reference)
-    return f"{send(job, draw, signal.SIGTERM, of_job=True)}, {moment}", False
+    name, start = send(job, draw, signal.SIGTERM, of_job=True), time.monotonic()
+    while job.is_running and time.monotonic() - start < job.limit:
+        time.sleep(0.03)
+    return f"{name}, {moment}, all ended within {time.monotonic() - start:.1f} s", False
 
 
 def stop(job: Job, draw: random.Random, reference: Reference) -> tuple[str, bool]:

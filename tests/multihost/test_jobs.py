@@ -11,7 +11,7 @@ from tiny_runs import config_file, metric_rows, newest_checkpoint
 
 from tracerl_jax.errors import ConfigError, PeerError
 from tracerl_jax.parallel import distributed
-from tracerl_jax.report.run_dir import read_jsonl
+from tracerl_jax.report.run_dir import intact_rows
 
 PEER = str(Path(jobs.__file__).with_name("peer.py"))
 SMALL = {
@@ -22,7 +22,7 @@ SMALL = {
 
 def same_samples(run: Path, other: Path) -> None:
     keys = ("step", "ids", "step_map", "tail_ids", "tail_step_map", "sample_index", "prompt")
-    mine, others = ([{k: row[k] for k in keys} for row in read_jsonl(p / "samples.jsonl")] for p in (run, other))
+    mine, others = ([{k: row[k] for k in keys} for row in intact_rows(p / "samples.jsonl")] for p in (run, other))
     assert mine == others and mine
 
 

@@ -15,7 +15,7 @@ from tracerl_jax.data.prompts import Problem
 from tracerl_jax.models import PRESETS, Model, ModelConfig
 from tracerl_jax.parallel.mesh import make_mesh
 from tracerl_jax.parallel.sharding import param_shardings, row_shards
-from tracerl_jax.report.run_dir import read_jsonl
+from tracerl_jax.report.run_dir import intact_rows
 from tracerl_jax.rewards import register_reward
 from tracerl_jax.rl.experience import Sample
 from tracerl_jax.rl.update import Learner, plan_replays
@@ -156,7 +156,7 @@ def run(folder, name, mesh, preset, **rl):
         "eval": {"every": 0, "strategies": ["dynamic"]},
     }  # fmt: skip
     train(config_io.from_dict(RunConfig, config))
-    return [list(read_jsonl(folder / name / file)) for file in ("metrics.jsonl", "samples.jsonl")]
+    return [list(intact_rows(folder / name / file)) for file in ("metrics.jsonl", "samples.jsonl")]
 
 
 OVERLAP = {"overlap": "one_step_off", "old_logprobs": "recompute", "importance_sampling": "token"}

@@ -23,7 +23,7 @@ from tracerl_jax.report.metrics import (
     merge,
     open_log,
 )
-from tracerl_jax.report.run_dir import RunDir, read_jsonl
+from tracerl_jax.report.run_dir import RunDir, intact_rows
 
 
 class Recorder:
@@ -242,7 +242,7 @@ def test_tensorboard_gets_every_scalar_and_hides_events_after_the_checkpoint(tmp
         log.close()
     assert made[0].logdir == str(tmp_path / "tensorboard" / "rl") and made[0].purge_step == 4
     assert made[0].scalars == [("reward", 0.5, 4), ("policy/kl", 0.1, 4)] and made[0].closed
-    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [4]
+    assert [row["step"] for row in intact_rows(tmp_path / "metrics.jsonl")] == [4]
 
 
 def test_wandb_continues_the_same_run(tmp_path, monkeypatch):

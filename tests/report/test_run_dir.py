@@ -8,13 +8,13 @@ import pytest
 from tracerl_jax import files
 from tracerl_jax.errors import ConfigError, DataError, UserError
 from tracerl_jax.folder_lock import is_locked
-from tracerl_jax.report.run_dir import ABSENT, RunDir, compare_configs, read_json, read_jsonl
+from tracerl_jax.report.run_dir import ABSENT, RunDir, compare_configs, intact_rows, read_json
 
 CONFIG = {"seed": 0, "rl": {"steps": 10, "optimizer": {"learning_rate": 1e-6}}, "eval": {"strategies": ("dynamic",)}}
 
 
 def steps(path):
-    return [(row["phase"], row["step"]) for row in read_jsonl(path)]
+    return [(row["phase"], row["step"]) for row in intact_rows(path)]
 
 
 def test_config_is_stored_once_and_held_to(tmp_path):

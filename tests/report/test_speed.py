@@ -7,7 +7,7 @@ import pytest
 
 from tracerl_jax.plan.chips import CHIPS, chip_of
 from tracerl_jax.report.flops import Work
-from tracerl_jax.report.run_dir import RunDir, read_jsonl
+from tracerl_jax.report.run_dir import RunDir, intact_rows
 from tracerl_jax.report.speed import Speed, device_memory
 from tracerl_jax.units import GIB
 
@@ -67,7 +67,7 @@ def test_of_several_processes_work_is_added_and_the_slowest_sets_the_time(folder
         "hosts/reward/slowest": 1.0, "hosts/reward/ratio": 2.0,
     }  # fmt: skip
     assert rows[0]["chips/rollout/tokens_per_second"] == 8000 / (4 * 10)
-    stored = list(read_jsonl(folder.path / "hosts.jsonl"))
+    stored = list(intact_rows(folder.path / "hosts.jsonl"))
     assert [row["step"] for row in stored] == [1, 2, 3]
     assert stored[0] == {
         "step": 1, "phase": "rl",
@@ -78,7 +78,7 @@ def test_of_several_processes_work_is_added_and_the_slowest_sets_the_time(folder
         for phase in ("rollout", "reward")
     ]
     folder.truncate_after(2, "rl")
-    assert [row["step"] for row in read_jsonl(folder.path / "hosts.jsonl")] == [1, 2]
+    assert [row["step"] for row in intact_rows(folder.path / "hosts.jsonl")] == [1, 2]
 
 
 def test_memory_is_that_of_the_fullest_device():

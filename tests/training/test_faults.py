@@ -15,7 +15,7 @@ from tiny_runs import FULL, assert_same_run, config_file, metric_rows, saved_sta
 from tracerl_jax.data.char_tokenizer import build_char_tokenizer
 from tracerl_jax.errors import CheckpointError, ConfigError, DataError
 from tracerl_jax.launch.cli import main
-from tracerl_jax.report.run_dir import read_json, read_jsonl
+from tracerl_jax.report.run_dir import intact_rows, read_json
 from tracerl_jax.training.checkpoint import Checkpointer
 from tracerl_jax.training.pipeline import train
 from tracerl_jax.training.run import Run
@@ -302,7 +302,7 @@ def test_a_step_without_usable_group_is_skipped_and_said(tmp_path, caplog):
 def test_samples_without_verdict_are_masked_and_counted(tmp_path):
     train(tiny(tmp_path, **ONE_STEP, task__rewards={"tiny_shy": 1.0}, report__samples_per_step=8))
     (row,) = metric_rows(tmp_path / "run")
-    samples = list(read_jsonl(tmp_path / "run" / "samples.jsonl"))
+    samples = list(intact_rows(tmp_path / "run" / "samples.jsonl"))
     silent = [sample for sample in samples if "7" in sample["text"]]
     assert 0 < len(silent) == row["no_verdict"] < 8
     assert all(sample["reward"] is None for sample in silent)

@@ -13,7 +13,7 @@ from tiny_runs import FULL, assert_same_run, config_file, metric_rows, run_and_d
 from tracerl_jax.diffusion.trace import Trace
 from tracerl_jax.errors import ConfigError
 from tracerl_jax.launch.cli import main
-from tracerl_jax.report.run_dir import read_json, read_jsonl
+from tracerl_jax.report.run_dir import intact_rows, read_json
 from tracerl_jax.rl import loop, rollouts
 from tracerl_jax.rl.logprobs import score_traces
 from tracerl_jax.training import run as run_module
@@ -57,7 +57,7 @@ def test_step_two_is_sampled_by_the_policy_before_the_first_update_whatever_is_s
     changes = AHEAD | {"sft__steps": 0, "rl__steps": 2, "rl__minibatches": 1, "rl__epochs": 1, "eval__every": 0}
     config = tiny(tmp_path, **changes | {"name": "plain"})
     train(config)
-    rows = [row for row in read_jsonl(tmp_path / "plain" / "samples.jsonl")]
+    rows = [row for row in intact_rows(tmp_path / "plain" / "samples.jsonl")]
     with run_module.Run(config) as run:
         traces = [Trace.from_row(row | {"block_size": run.model.config.block_size}) for row in rows]
         initial = score_traces(run.model, run.initial_params(), traces)

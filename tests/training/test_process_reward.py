@@ -6,7 +6,7 @@ from judge_utils import serving
 from tiny_runs import FULL, high_digits, metric_rows, newest_checkpoint, saved_state, tiny
 
 from tracerl_jax.errors import ConfigError
-from tracerl_jax.report.run_dir import read_jsonl
+from tracerl_jax.report.run_dir import intact_rows
 from tracerl_jax.rewards import register_reward, step_verdict
 from tracerl_jax.training.pipeline import train
 from tracerl_jax.training.run import Run
@@ -35,7 +35,7 @@ STEPS = {"task__rewards": {"tiny_shy_steps": 1.0}, "reward__process": {"tokens":
 def judged_samples(run) -> tuple[dict, list[dict]]:
     """The metrics of a run of one step, and its samples with a verdict; those without are the ones with a 7."""
     (row,) = metric_rows(run)
-    samples = list(read_jsonl(run / "samples.jsonl"))
+    samples = list(intact_rows(run / "samples.jsonl"))
     silent = [sample for sample in samples if "7" in sample["text"]]
     assert 0 < len(silent) == row["no_verdict"] < len(samples) == 8
     for sample in silent:

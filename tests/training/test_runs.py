@@ -20,7 +20,7 @@ from tracerl_jax.interop.names import leaves_by_path
 from tracerl_jax.interop.native import load_run
 from tracerl_jax.launch.cli import main
 from tracerl_jax.parallel import watchdog
-from tracerl_jax.report.run_dir import read_json, read_jsonl
+from tracerl_jax.report.run_dir import intact_rows, read_json
 from tracerl_jax.training import run as run_module
 from tracerl_jax.training.pipeline import train
 
@@ -39,7 +39,7 @@ def test_what_a_run_leaves(whole):
         *(("sft", step) for step in (1, 2, 3, 4)), ("eval", 0),
         ("rl", 1), ("rl", 2), ("eval", 2), ("rl", 3), ("rl", 4), ("eval", 4), ("rl", 5), ("rl", 6), ("eval", 6),
     ]  # fmt: skip
-    samples = list(read_jsonl(whole / "samples.jsonl"))
+    samples = list(intact_rows(whole / "samples.jsonl"))
     assert [row["step"] for row in samples] == sorted([1, 2, 3, 4, 5, 6] * 3)
     assert "<html" in (whole / "report.html").read_text()
 
@@ -81,7 +81,7 @@ def test_every_step_of_it_updates_both_models(whole):
 
 
 def test_every_row_says_how_fast_it_was(whole):
-    rows = list(read_jsonl(whole / "metrics.jsonl"))
+    rows = list(intact_rows(whole / "metrics.jsonl"))
     phases = {"rollout", "values", "update_value", "update_policy", "total"}
     for row in rows:
         speeds = {name.split("/")[1] for name in row if name.startswith("chips/") and row[name] > 0}
@@ -214,7 +214,7 @@ def test_more_steps_continue_a_finished_run(whole, tmp_path):
     train(tiny(tmp_path, **FULL, report__profile="5:2"))
     assert len(list((tmp_path / "run" / "profile").glob("**/*.xplane.pb"))) == 1
     path = tmp_path / "run" / "metrics.jsonl"
-    rows = [row for row in read_jsonl(path) if (row["phase"], row["step"]) != ("eval", 3)]
+    rows = [row for row in intact_rows(path) if (row["phase"], row["step"]) != ("eval", 3)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert_same_run(tmp_path / "run", whole)
 
@@ -290,7 +290,7 @@ def test_unrolled_layers_give_the_same_run(tmp_path):
     for name, scan in (("scanned", True), ("unrolled", False)):
         train(tiny(tmp_path, **SHORT, name=name, model__scan_layers=scan))
     runs = [tmp_path / "scanned", tmp_path / "unrolled"]
-    texts = [[row["ids"] for row in read_jsonl(run / "samples.jsonl")] for run in runs]
+    texts = [[row["ids"] for row in intact_rows(run / "samples.jsonl")] for run in runs]
     assert texts[0] == texts[1]
     expected, params = (load_run(run)[1] for run in runs)
     # AdamW's first step is 0.01 times the sign of the gradient: rounding may flip those that are all but zero.

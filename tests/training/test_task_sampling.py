@@ -4,7 +4,7 @@ import pytest
 from tiny_runs import assert_same_run, metric_rows, run_and_die, saved_state, tiny
 
 from tracerl_jax.errors import ConfigError
-from tracerl_jax.report.run_dir import read_jsonl
+from tracerl_jax.report.run_dir import intact_rows
 from tracerl_jax.training import run as run_module
 from tracerl_jax.training.pipeline import train
 
@@ -37,7 +37,7 @@ def test_killed_in_between_a_run_ends_with_the_same_bits(compiled, tmp_path, ove
     assert max(row["sampling/rounds"] for row in rows) > 1
     assert all((row["sampling/prompts"] > 2) == (row["sampling/rounds"] > 1) for row in rows)
     assert [(row["rollout/max_tokens"], row["rollout/block_size"]) for row in rows] == [(8, 4), (12, 4), (12, 8)]
-    samples = list(read_jsonl(whole / "samples.jsonl"))
+    samples = list(intact_rows(whole / "samples.jsonl"))
     assert {(row["step"], row["block_size"]) for row in samples} == {(1, 4), (2, 4), (3, 8)}
     assert max(len(row["ids"]) for row in samples if row["step"] == 1) <= 8
     state = saved_state(whole)[1]["data"]
@@ -64,6 +64,6 @@ def test_what_responses_begin_with_is_judged_with_them(tmp_path):
     """With the digits 99 in front every response has at least two high digits of eight."""
     changes = {"sft__steps": 0, "rl__steps": 1, "eval__strategies": [], "task__prefix": "99"}
     train(tiny(tmp_path, **changes))
-    samples = list(read_jsonl(tmp_path / "run" / "samples.jsonl"))
+    samples = list(intact_rows(tmp_path / "run" / "samples.jsonl"))
     for sample in samples:
         assert sample["prompt"].endswith("=99") and sample["text"].startswith("99") and sample["reward"] >= 0.25

@@ -27,7 +27,7 @@ from tracerl_jax import config_io
 from tracerl_jax.config import RunConfig
 from tracerl_jax.models import PRESETS
 from tracerl_jax.parallel.mesh import make_mesh
-from tracerl_jax.report.run_dir import read_jsonl
+from tracerl_jax.report.run_dir import intact_rows
 from tracerl_jax.rewards import register_reward
 from tracerl_jax.training import run as run_module
 
@@ -149,7 +149,7 @@ def metric_rows(run: Path) -> list[dict]:
     """metrics.jsonl without what measures time."""
     return [
         {name: value for name, value in row.items() if not any(t in name for t in TIMES)}
-        for row in read_jsonl(run / "metrics.jsonl")
+        for row in intact_rows(run / "metrics.jsonl")
     ]
 
 

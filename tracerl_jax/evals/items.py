@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from tracerl_jax.errors import ConfigError, DataError
 from tracerl_jax.files import append_jsonl, cut_torn_line, write_json, writing
 from tracerl_jax.folder_lock import LOCK, FolderLock
-from tracerl_jax.report.run_dir import Row, compare_configs, describe_changes, read_json, read_jsonl
+from tracerl_jax.report.run_dir import Row, compare_configs, describe_changes, intact_rows, read_json
 
 MANIFEST, TIMES, RESULTS, ITEMS = "manifest.json", "times.json", "results.json", "items"
 CLOCK_SECONDS = 2.0
@@ -89,9 +89,9 @@ class StoredItems(Items):
         self._path = _path_of(folder.path, task, strategy)
         self._written = -math.inf
         cut_torn_line(self._path)
-        super().__init__(read_jsonl(self._path), [Seconds(*pair) for pair in folder.times(task, strategy)])
+        super().__init__(intact_rows(self._path), [Seconds(*pair) for pair in folder.times(task, strategy)])
         for path in sorted(self._path.parent.glob(_path_of(folder.path, task, strategy, "*").name)):
-            self._take_over(path, list(read_jsonl(path)))
+            self._take_over(path, list(intact_rows(path)))
 
     def clock(self, **passed: float) -> None:
         super().clock(**passed)

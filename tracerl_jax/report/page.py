@@ -19,8 +19,8 @@ from tracerl_jax.report.run_dir import (
     SAMPLES,
     SUMMARY,
     flatten,
+    intact_rows,
     read_json,
-    read_jsonl,
 )  # fmt: skip
 from tracerl_jax.report.samples import pick, shown_sample
 
@@ -48,7 +48,7 @@ def write_page(run_dir: str | Path, output: str | Path | None = None) -> Path:
 
 def _page_data(run_dir: Path) -> dict[str, Any]:
     summary = read_json(run_dir / SUMMARY)
-    rows = [row for row in read_jsonl(run_dir / METRICS) if isinstance(row.get("step"), int)]
+    rows = [row for row in intact_rows(run_dir / METRICS) if isinstance(row.get("step"), int)]
     series = collect_series(rows)
     samples, total = _pick_samples(run_dir / SAMPLES)
     return {
@@ -61,7 +61,7 @@ def _page_data(run_dir: Path) -> dict[str, Any]:
         "config": flatten(read_json(run_dir / CONFIG)),
         "eval": summary.get("eval", {}),
         "charts": build_charts(series),
-        "hosts": host_table(read_jsonl(run_dir / HOSTS)),
+        "hosts": host_table(intact_rows(run_dir / HOSTS)),
         "skipped": [(step, value) for step, value in series.get("updates/skipped", []) if value],
         "samples": samples,
         "samples_total": total,

@@ -118,7 +118,7 @@ class RunDir:
         last = (PHASES.index(phase), step)
         for name in (METRICS, SAMPLES, *((HOSTS,) if (self.path / HOSTS).exists() else ())):
             with replacing(self.path / name) as file:
-                for row in read_jsonl(self.path / name):
+                for row in intact_rows(self.path / name):
                     if row["phase"] in PHASES and (PHASES.index(row["phase"]), row["step"]) > last:
                         break
                     file.write(to_line(row))
@@ -154,7 +154,7 @@ def read_json(path: Path) -> Row:
         raise DataError(f"{path} is not valid JSON ({error}): repair it, or start a run with another name") from error
 
 
-def read_jsonl(path: Path) -> Iterator[Row]:
+def intact_rows(path: Path) -> Iterator[Row]:
     """Rows of a JSONL file, none when it is missing; lines that are not JSON objects (torn by a kill) are left out."""
     if not path.exists():
         return

@@ -16,7 +16,7 @@ from tracerl_jax.parallel.facts import check_alike
 from tracerl_jax.parallel.peers import from_lead
 from tracerl_jax.report.metrics import MetricLog
 from tracerl_jax.report.page import write_page
-from tracerl_jax.report.run_dir import METRICS, SUMMARY, read_json, read_jsonl
+from tracerl_jax.report.run_dir import METRICS, SUMMARY, intact_rows, read_json
 from tracerl_jax.rl.loop import PHASES as RL_PHASES
 from tracerl_jax.rl.loop import make_learner, train_rl
 from tracerl_jax.rl.update import Learner
@@ -203,7 +203,7 @@ def _evaluate(
     def is_there() -> tuple[bool, bool]:
         is_logged = any(
             row["phase"] == "eval" and row["step"] == step and any(name.startswith(prefix) for name in row)
-            for row in read_jsonl(run.path / METRICS)
+            for row in intact_rows(run.path / METRICS)
         )
         moments = read_json(run.path / SUMMARY).get("eval_moments", {})
         return is_logged, role is None or moments.get(role) == moment
