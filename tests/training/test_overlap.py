@@ -108,7 +108,8 @@ def test_signals_wait_for_the_rollout_and_the_same_command_goes_on_to_the_same_b
         with pytest.MonkeyPatch.context() as patch:
             in_the_thread(patch, step, lambda number=number: os.kill(os.getpid(), number))
             assert main(command) == 130
-        assert saved_state(run)[1]["rl_step"] == step - 1
+        # The update beside the rollout was given up, or had come to its end.
+        assert saved_state(run)[1]["rl_step"] in (step - 2, step - 1)
         assert read_json(run / "summary.json")["status"] == "interrupted"
         assert "Traceback" not in capsys.readouterr().err
     assert main(command) == 0

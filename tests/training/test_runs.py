@@ -143,18 +143,35 @@ def interrupt_sft(monkeypatch, number: int, update: int) -> None:
     monkeypatch.setattr(loop, "make_items", make_items)
 
 
+def interrupt_update(monkeypatch, number: int, update: int) -> None:
+    from tracerl_jax.rl.update import Learner
+
+    original, seen = Learner.update_policy, []
+
+    def update_policy(*args):
+        seen.append(args)
+        if len(seen) == update:
+            os.kill(os.getpid(), number)
+        return original(*args)
+
+    monkeypatch.setattr(Learner, "update_policy", update_policy)
+
+
 def test_signals_save_and_the_same_command_goes_on_to_the_same_bits(whole, tmp_path, capsys):
-    """Stops in the warm-up, in the evaluation at its end, in two rollouts and in the evaluation between them."""
+    """Stops in the warm-up, in the evaluation at its end, in two rollouts and in the evaluation between them; in a step
+    whose start is saved, which is given up, and in one whose start is not."""
     config = config_file(tmp_path / "config.py", **FULL)
     command = ["rl", "--config", config, "--config.name=stopped run"]
     run = tmp_path / "stopped run"
-    # traces of a step: 8; of an evaluation: 4
+    # traces of a step: 8; of an evaluation: 4; policy updates of a step: 4
     stops = [
         (lambda p: interrupt_sft(p, signal.SIGTERM, 3), {"phase": "sft", "sft_step": 3, "rl_step": 0}),
         (lambda p: interrupt(p, signal.SIGINT, 2), {"phase": "sft", "sft_step": 4, "rl_step": 0}),
         (lambda p: interrupt(p, signal.SIGINT, 4 + 8 + 1), {"phase": "rl", "sft_step": 4, "rl_step": 1}),
         (lambda p: interrupt(p, signal.SIGTERM, 8 + 2), {"phase": "rl", "sft_step": 4, "rl_step": 2}),
         (lambda p: interrupt(p, signal.SIGINT, 4 + 8 + 1), {"phase": "rl", "sft_step": 4, "rl_step": 3}),
+        (lambda p: interrupt_update(p, signal.SIGTERM, 2), {"phase": "rl", "sft_step": 4, "rl_step": 3}),
+        (lambda p: interrupt_update(p, signal.SIGTERM, 2 * 4 + 2), {"phase": "rl", "sft_step": 4, "rl_step": 6}),
     ]
     for prepare, expected in stops:
         with pytest.MonkeyPatch.context() as patch:

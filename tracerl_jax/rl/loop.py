@@ -97,6 +97,13 @@ def train_rl(
             with timer("eval"):
                 evaluate(engine, step, metric_log)
 
+    def give_step_up():
+        """In its middle, if that loses nothing else: the step is made again from the checkpoint at its start. A notice
+        of pre-emption may leave half a minute, and updates of a large model take longer."""
+        if saved == progress.rl_step:
+            run.stop.check_together()
+
+    learner.before_micro_batch = give_step_up
     try:
         while progress.rl_step < config.rl.steps:
             step, updates = progress.rl_step + 1, int(learner.policy.updates)

@@ -1,6 +1,6 @@
 """The updates of one RL step: which states are replayed, their old log-probs and values, value and policy update."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -94,6 +94,8 @@ class Learner:
     """Policy, optional value model and optional frozen reference, with the jitted programs that train them.
 
     State is in `policy`, `value` (TrainStates) and `reference` (parameters); everything else is fixed.
+    `before_micro_batch` is called before each one of every phase, and may raise: the phase is then given up, and what
+    it was to train is as it was.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class Learner:
         self.policy: TrainState | None = None
         self.value: TrainState | None = None
         self.reference: Any = None
+        self.before_micro_batch: Callable[[], None] = lambda: None
         self._score = jax.jit(partial(packed_logprobs, model))
         self._value = jax.jit(lambda params, rows, trunk: packed_values(self.value_model, merged(params, trunk), rows))
         self._policy_updater = Updater(self._policy_objective, policy_optimizer, model.mesh)
@@ -215,11 +218,16 @@ class Learner:
             rows, {str(i): rows.gather(column) for i, column in enumerate(columns)}, self.rows_per_micro_batch
         )
         outputs = []
-        for part in parts:
+        for part in self._watched(parts):
             part = put_batch(part, self.model.mesh)
             with in_order(self.model.mesh):
                 outputs.append(function(part["rows"], *(part[str(i)] for i in range(len(columns)))))
         return rows.scatter(np.concatenate(fetch(outputs))[: rows.shape[0]])
+
+    def _watched(self, batches: Sequence[dict]) -> Iterator[dict]:
+        for batch in batches:
+            self.before_micro_batch()
+            yield batch
 
     def _pack(self, replays: Sequence[Replay]) -> PackedRows:
         return pack([r.item for r in replays], row_length=self.row_lengths)
@@ -294,7 +302,7 @@ class Learner:
     def update_policy(self, replays: Sequence[Replay]) -> tuple[UpdateResult, dict]:
         """One policy update; also returns its last micro-batch, evidence should it not be finite."""
         batches, denominator = self.policy_batches(replays)
-        self.policy, result = self._policy_updater.update(self.policy, batches, denominator)
+        self.policy, result = self._policy_updater.update(self.policy, self._watched(batches), denominator)
         return result, batches[-1]
 
     def value_batches(self, replays: Sequence[Replay]) -> tuple[list[dict], float]:
@@ -305,7 +313,7 @@ class Learner:
     def update_value(self, replays: Sequence[Replay]) -> tuple[UpdateResult, dict]:
         """One value update; returns the same as `update_policy`."""
         batches, denominator = self.value_batches(replays)
-        self.value, result = self._value_updater.update(self.value, batches, denominator, self._trunk())
+        self.value, result = self._value_updater.update(self.value, self._watched(batches), denominator, self._trunk())
         return result, batches[-1]
 
     def _batches(self, replays: Sequence[Replay], columns: dict[str, list]) -> tuple[list[dict], float]:
