@@ -94,15 +94,13 @@ def run(args: argparse.Namespace) -> int:
     from tracerl_jax.parallel.facts import check_alike
     from tracerl_jax.rewards import settings, start_rewards
     from tracerl_jax.rollout.folder import load_weights, open_engine
-    from tracerl_jax.training.pipeline import check_phases
+    from tracerl_jax.training.pipeline import limit_phases
     from tracerl_jax.training.run import engine_config
 
     _require_positive(args, "max_tokens", "max_prompt_tokens", "slots")
     config = _config(args)
-    check_phases(config)
+    limit_phases(config, Path(args.output) if args.output else None)
     check_alike({**to_dict(config), "flags": vars(args)})
-    faults, stacks = config.faults, Path(args.output) if args.output else None
-    watchdog.configure(faults.heartbeat, faults.phase_seconds, faults.phase_timeout, stacks)
     settings.configure(config.reward)
     samples = _per_task(args, "samples", config.eval.samples_per_prompt, _positive)
     strategies, rollout, dtype = eval_protocols(config), config.rollout, config.model.dtype

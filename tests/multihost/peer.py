@@ -49,7 +49,7 @@ def talk() -> None:
 def lose(heartbeat: str, victim: str, folder: str) -> None:
     """One process dies while the others wait for it."""
     join()
-    watchdog.configure(float(heartbeat), 600.0, {}, Path(folder), StopSignal())
+    watchdog.configure(float(heartbeat), 600.0, {}, Path(folder))
     peers.gather(0)
     if distributed.process_index() == int(victim):
         os.kill(os.getpid(), 9)
@@ -59,7 +59,7 @@ def lose(heartbeat: str, victim: str, folder: str) -> None:
 def hang(folder: str) -> None:
     """Process 1 lives but never comes: the phase of process 0 is too long."""
     join()
-    watchdog.configure(60.0, 600.0, {"update_policy": 2.0}, Path(folder), StopSignal())
+    watchdog.configure(60.0, 600.0, {"update_policy": 2.0}, Path(folder))
     peers.gather(0)
     if distributed.process_index() == 1:
         while True:

@@ -3,12 +3,14 @@
 import logging
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable
 
-from tracerl_jax.errors import in_one_line
+from tracerl_jax.errors import UserError, in_one_line
 
 STATUS_FAILED = 1
+LEAD_SECONDS = 40.0
 _STATUSES = "(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): "
 
 _joined = False
@@ -55,6 +57,9 @@ def _leave(status: int, error: BaseException | None) -> None:
     if error is None or isinstance(error, Interrupted):  # all processes come here
         distributed.end()
     else:
+        if isinstance(error, UserError) and not distributed.is_lead():
+            # It may be everybody's. Then the lead, with whose end ours comes, has a summary and writers to finish.
+            time.sleep(LEAD_SECONDS)
         distributed.give_up(status, str(error) or type(error).__name__)
 
 

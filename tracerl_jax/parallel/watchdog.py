@@ -35,6 +35,7 @@ STATUS_PEER_LOST = 76
 STATUS_USER_ERROR, STATUS_INTERRUPTED = 2, 130  # a restart would be in vain: all processes end with these then
 HEARTBEAT_SECONDS = 60.0
 PHASE_SECONDS = 7200.0
+BETWEEN = "between"  # phases: the name of the time in which the main thread is in none
 NOTICES, STOP, FAILURE = "tracerl/notice/", "stop", "failure"
 
 
@@ -52,6 +53,7 @@ class _Watchdog:
         self.folder: Path | None = None
         self.stoppable: Stoppable | None = None
         self.phases: list[tuple[str, float]] = []  # that the main thread is in, with their start
+        self.since = time.monotonic()  # when it was in one last
         self._ended = threading.Event()
         self._failing = threading.Lock()
         self._answered = self._moved = time.monotonic()
@@ -66,12 +68,14 @@ class _Watchdog:
     def end(self) -> None:
         self._ended.set()
 
-    # What the store says. This thread may hang in a call: `_judge` looks at when it last got an answer.
+    # What the store says. This thread may hang in a call: `_judge` looks at when it last got an answer. Where neither
+    # gets to run, since something holds Python's lock, a thread of C ends the process: the others have given it up.
 
     def _beat(self) -> None:
         beat = 0
         while not self._ended.wait(self.tick):
             beat += 1
+            faulthandler.dump_traceback_later(2 * self.heartbeat + 5, exit=True, file=sys.__stderr__)
             with contextlib.suppress(RuntimeError):  # the store is gone, or has not heard of the next one yet
                 self.client.key_value_set(f"tracerl/beat/{self.index}", str(beat), allow_overwrite=True)
                 self._answered = time.monotonic()
@@ -103,7 +107,7 @@ class _Watchdog:
             if now - self._moved > self.heartbeat:
                 self.fail(f"process {self._next} has given no sign of life for {self.heartbeat:g} s: it was killed or "
                           "stopped, or its host is gone")  # fmt: skip
-            for name, since in list(self.phases):
+            for name, since in list(self.phases) or [(BETWEEN, self.since)]:
                 limit = self.limits.get(name, self.default_limit)
                 if now - since > limit:
                     self.fail(f"phase {name} takes longer than {limit:g} s (faults.phase_timeout, "
@@ -114,6 +118,7 @@ class _Watchdog:
         self._failing.acquire()
         if tell:
             self.tell(status, reason)
+        self._let_others_read()
         with contextlib.suppress(OSError, ValueError):
             os.write(2, f"[process {self.index}] tracerl: error: {reason}\n".encode())
             if stacks:
@@ -124,10 +129,11 @@ class _Watchdog:
         """`fail` by the main thread, which has said why."""
         self._failing.acquire()
         self.tell(status, reason)
+        self._let_others_read()
         os._exit(status)
 
     def tell(self, status: int, reason: str) -> None:
-        """Leaves a notice for the other processes. Process 0, with which the store ends, waits until they have it."""
+        """Leaves a notice for the other processes."""
         text = json.dumps({"process": self.index, "status": status, "reason": reason})
 
         def write() -> None:
@@ -137,11 +143,19 @@ class _Watchdog:
         writer = threading.Thread(target=write, daemon=True)
         writer.start()
         writer.join(timeout=5)
+
+    def _let_others_read(self) -> None:
+        """A notice, whoever left it: the store ends with process 0."""
         if self.index == 0:
             time.sleep(2 * self.tick + 0.5)
 
     def _dump(self, reason: str) -> None:
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+        writer = threading.Thread(target=self._write_stacks, args=(reason,), daemon=True)
+        writer.start()
+        writer.join(timeout=10)  # what hangs may be the file system
+
+    def _write_stacks(self, reason: str) -> None:
         if self.folder is not None and self.folder.is_dir():
             with open(self.folder / f"stacks-process-{self.index}.txt", "w") as file:
                 file.write(f"{time.strftime('%F %T')} {reason}\n")
@@ -156,25 +170,30 @@ def start(client: Any, index: int, count: int) -> None:
     """`client`: of the job's key-value store."""
     global _watchdog
     _watchdog = _Watchdog(client, index, count)
-    reason = "JAX ended the job: process 0, which holds the coordinator, is gone, or a process was started again"
-    _on_abort(lambda: _watchdog.fail(reason, tell=False))
+    reason = "aborted, by JAX or by what stands above"
+    if index:
+        reason += ": JAX does so when process 0, which holds the coordinator, is gone, or a process was started again"
+    _on_abort(lambda: _watchdog.fail(reason))
 
 
-def configure(
-    heartbeat: float, default_limit: float, limits: Mapping[str, float], folder: Path | None,
-    stoppable: Stoppable | None = None,
-) -> None:
-    """Limits in seconds, the folder for stacks, and what requests to stop go to and come from. Without a job of no
-    effect."""
+def configure(heartbeat: float, default_limit: float, limits: Mapping[str, float], folder: Path | None) -> None:
+    """Limits in seconds, and the folder for stacks, once it is there. Without a job of no effect."""
     if _watchdog is not None:
         _watchdog.heartbeat, _watchdog.default_limit, _watchdog.limits = heartbeat, default_limit, dict(limits)
-        _watchdog.folder, _watchdog.stoppable = folder, stoppable
+        _watchdog.folder = folder
+
+
+def listen(stoppable: Stoppable) -> None:
+    """What requests to stop go to and come from."""
+    if _watchdog is not None:
+        _watchdog.stoppable = stoppable
 
 
 def stop() -> None:
     """Before this process leaves in good order."""
     if _watchdog is not None:
         _watchdog.end()
+        faulthandler.cancel_dump_traceback_later()
         signal.signal(signal.SIGABRT, signal.SIG_DFL)
 
 
@@ -200,6 +219,7 @@ def phase(name: str) -> Iterator[None]:
     try:
         yield
     finally:
+        _watchdog.since = time.monotonic()
         _watchdog.phases.remove(entry)
 
 

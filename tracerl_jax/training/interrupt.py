@@ -45,7 +45,8 @@ class StopSignal:
     """
 
     def __init__(self):
-        self.requested: str | None = None  # name of the signal
+        self.requested: str | None = None  # name of the signal, which another process of the job may have got
+        self._is_second = False
         self._asked: jax.Array | None = None
         self._previous: dict[int, object] = {}
 
@@ -77,9 +78,10 @@ class StopSignal:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self.requested:
+        if self._is_second:
             raise KeyboardInterrupt(f"second {name}")
-        self.requested = name
+        self._is_second = True
+        self.requested = self.requested or name
         # Not `print`: the signal may have come in the middle of one, and a buffered file refuses a second writer.
         with contextlib.suppress(OSError):
             text = f"\n{name}: finishing the current phase and saving (once more stops at once)\n"

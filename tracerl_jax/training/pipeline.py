@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import shutil
+from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -30,14 +31,16 @@ from tracerl_jax.training.step import TrainState, abstract_state, init_state, sh
 
 log = logging.getLogger(__name__)
 
-PHASES = ("start", "export", *RL_PHASES, *SFT_PHASES)  # whose time `faults.phase_timeout` limits
+PHASES = (watchdog.BETWEEN, "start", "export", *RL_PHASES, *SFT_PHASES)  # whose time `faults.phase_timeout` limits
 
 
-def check_phases(config: RunConfig) -> None:
-    """Raises ConfigError for a limit of a phase that there is not."""
+def limit_phases(config: RunConfig, stacks: Path | None) -> None:
+    """Configures the watchdog; `stacks`: folder. Raises ConfigError for a limit of a phase that there is not."""
     if unknown := [name for name in config.faults.phase_timeout if name not in PHASES]:
         known = ", ".join(dict.fromkeys(PHASES))
         raise ConfigError(f"faults.phase_timeout names {unknown[0]}, which is no phase; there are {known}")
+    faults = config.faults
+    watchdog.configure(faults.heartbeat, faults.phase_seconds, faults.phase_timeout, stacks)
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -50,7 +53,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     steps, profiled = config.rl.steps or config.sft.steps, config.report.profiled
     if profiled and profiled[-1] > steps:
         raise ConfigError(f"report.profile asks for steps {profiled[0]} to {profiled[-1]}, but there are {steps}")
-    check_phases(config)
+    limit_phases(config, Path(config.runs_dir) / config.name)
     check_alike(to_dict(config))
     with watchdog.phase("start"):
         run = Run(config)

@@ -114,8 +114,7 @@ class Run:
             self.checkpointer = Checkpointer(self.path, config.checkpoint)
             self._exit.push(self.checkpointer.leave)
             self.stop = self._exit.enter_context(StopSignal())
-            faults = config.faults
-            watchdog.configure(faults.heartbeat, faults.phase_seconds, faults.phase_timeout, self.path, self.stop)
+            watchdog.listen(self.stop)
         except BaseException:
             self._exit.__exit__(*sys.exc_info())
             raise
