@@ -4,11 +4,14 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from pathlib import Path
 
 from tracerl_jax.errors import UserError
 
 LOCK = "lock"  # file in the folder
+
+LEASE_SECONDS = 120.0  # a file server may take so long to let go of what a lost host had locked
 
 _held: set[Path] = set()  # lock files of this process
 
@@ -17,13 +20,17 @@ class FolderLock:
     """Holds `folder`, which exists, until `release`. Raises UserError when another process holds it.
 
     `what` and `remedy` are for the message: "WHAT FOLDER is in use by process 7: wait for it, stop it, or REMEDY".
+    `patience`: seconds to wait for it.
     """
 
-    def __init__(self, folder: str | os.PathLike, what: str, remedy: str):
+    def __init__(self, folder: str | os.PathLike, what: str, remedy: str, patience: float = 0.0):
         self._path = Path(folder) / LOCK
         # POSIX locks, unlike flock, are not inherited by forked workers: one that outlives a killed run blocks nothing.
         self._file = open(self._path, "a+")  # stays open as long as the lock is held
-        if not _try_lock(self._file):
+        deadline = time.monotonic() + patience
+        while not (locked := _try_lock(self._file)) and time.monotonic() < deadline:
+            time.sleep(1.0)
+        if not locked:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
             self._file.close()

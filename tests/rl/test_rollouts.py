@@ -10,10 +10,12 @@ from tracerl_jax.config import RunConfig
 from tracerl_jax.config_io import from_dict
 from tracerl_jax.data.curriculum import open_iterator
 from tracerl_jax.data.prompts import Problem
+from tracerl_jax.report.flops import Work
 from tracerl_jax.report.metrics import PhaseTimer
 from tracerl_jax.rl import rollouts
 from tracerl_jax.rl.experience import Sample, select
 from tracerl_jax.rl.rollouts import Rollouts, requests_of
+from tracerl_jax.training.interrupt import StopSignal
 
 COUNT = 40
 NEVER, ALWAYS, SILENT = "never", "always", "silent"
@@ -51,6 +53,8 @@ def judge_traces(run, problems, groups, traces):
 @pytest.fixture
 def open_one(monkeypatch):
     monkeypatch.setattr(rollouts, "judge_traces", judge_traces)
+    monkeypatch.setattr(rollouts, "completed", lambda engine, requests: [dict(enumerate(engine.generate(requests)))])
+    monkeypatch.setattr(rollouts, "work_of", lambda run, traces: Work(len(traces), 0.0))
 
     def open_one(state=None, **rl):
         values = {
@@ -58,7 +62,7 @@ def open_one(monkeypatch):
         }
         config = from_dict(RunConfig, values)
         problems = [Problem(i, "", np.array([i], np.int32), {}) for i in range(COUNT)]
-        run = SimpleNamespace(config=config, train_problems=problems, watch=lambda traces: traces)
+        run = SimpleNamespace(config=config, train_problems=problems, stop=StopSignal())
         iterator = open_iterator(COUNT, 3, config.rl)
         if state is not None:
             iterator.restore(json.loads(json.dumps(state)))

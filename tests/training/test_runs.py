@@ -21,6 +21,7 @@ from tracerl_jax.interop.native import load_run
 from tracerl_jax.launch.cli import main
 from tracerl_jax.parallel import watchdog
 from tracerl_jax.report.run_dir import intact_rows, read_json
+from tracerl_jax.rollout import stream
 from tracerl_jax.training import run as run_module
 from tracerl_jax.training.pipeline import train
 
@@ -118,16 +119,17 @@ def test_the_exported_dtype_is_that_of_the_folder_the_run_started_from(whole, tm
 
 def interrupt(monkeypatch, number: int, trace: int) -> None:
     """Send ourselves a signal when trace number `trace` from now on comes out of a rollout or an evaluation."""
-    original, seen = run_module.Run.watch, []
+    original, seen = stream.step, []
 
-    def watch(self, traces):
-        for item in original(self, traces):
-            seen.append(item)
-            if len(seen) == trace:
-                os.kill(os.getpid(), number)
-            yield item
+    def step(engine, running):
+        finished = original(engine, running)
+        before = len(seen)
+        seen.extend(finished)
+        if before < trace <= len(seen):
+            os.kill(os.getpid(), number)
+        return finished
 
-    monkeypatch.setattr(run_module.Run, "watch", watch)
+    monkeypatch.setattr(stream, "step", step)
 
 
 def interrupt_sft(monkeypatch, number: int, update: int) -> None:
@@ -239,7 +241,7 @@ def test_more_steps_continue_a_finished_run(whole, tmp_path):
 def test_a_finished_run_only_tells_its_results(whole, tmp_path, monkeypatch):
     run = copy_of(whole, tmp_path)
     # Nothing can be decoded, so nothing is evaluated or trained.
-    monkeypatch.setattr(run_module.Engine, "generate", None)
+    monkeypatch.setattr(stream, "step", None)
     train(tiny(tmp_path, **FULL))
     assert_same_run(run, whole)
 

@@ -122,10 +122,13 @@ class ResultsFolder:
 
     `manifest` is {"tasks": {name: ..}, "strategies": {name: ..}, ..}. A folder that holds items was made with the same
     one, but for tasks and strategies that are new: they are added. Raises ConfigError naming what differs, UserError
-    when another process writes the folder, DataError for a folder of something else. `overwrite` forgets what is there.
+    when another process writes the folder for longer than `patience` seconds, DataError for a folder of something else.
+    `overwrite` forgets what is there.
     """
 
-    def __init__(self, path: str | os.PathLike, manifest: Mapping[str, Any], overwrite: bool = False):
+    def __init__(
+        self, path: str | os.PathLike, manifest: Mapping[str, Any], overwrite: bool = False, patience: float = 0.0
+    ):
         self.path = Path(path)
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -134,7 +137,7 @@ class ResultsFolder:
                 raise DataError(
                     f"{self.path} is no folder of results (it holds {min(strangers)}): choose an empty or a new one"
                 )
-            self._lock = FolderLock(self.path, "results folder", "choose another folder")
+            self._lock = FolderLock(self.path, "results folder", "choose another folder", patience)
         try:
             (self.path / ITEMS).mkdir(exist_ok=True)
             if overwrite:

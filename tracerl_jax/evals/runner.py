@@ -140,12 +140,13 @@ def evaluate(
     samples_per_prompt: int = 1,
     items: Items | None = None,
     watch: Callable[[Iterable[Answer]], Iterable[Answer]] = iter,
+    check: Callable[[], None] = lambda: None,
 ) -> EvalResult:
     """Answers every problem `samples_per_prompt` times (once when greedy), but for what `items` holds already.
 
     An answer is right when `accuracy_reward` gives it 1 or more. Truncated answers are judged like others. Answers are
     judged, and added to `items`, in a thread while others are decoded. `decode` turns completion ids into text; `watch`
-    wraps the stream of decoded answers (progress, interruption).
+    wraps the stream of decoded answers (progress); `check` is called between chunks of decoding and may raise.
 
     The processes of a job share the work. Only process 0 need have `items` that hold something; all return the result.
     """
@@ -159,6 +160,7 @@ def evaluate(
     def answered() -> Iterator[Answer]:
         requests = [Request(problem.prompt_ids, options, sample_index=i) for problem, i in left]
         for finished in in_phases(completed(engine, requests)):
+            check()
             passed = time.monotonic() - started
             items.clock(decode=passed, wall=passed)
             yield from ((left[index][0], trace) for index, trace in finished.items())

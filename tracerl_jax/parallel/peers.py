@@ -58,12 +58,13 @@ def from_lead(make: Callable[[], Value]) -> Value:
     return result
 
 
-def gather(value: Value) -> list[Value]:
-    """Everybody's `value`, by process. Waits for them all."""
+def gather(value: Value, within: float | None = None) -> list[Value]:
+    """Everybody's `value`, by process. Waits for them all; raises TimeoutError when they have not come `within` so many
+    seconds."""
     if not distributed.is_job():
         return [value]
     data = np.frombuffer(pickle.dumps(value), np.uint8)
-    meet()  # they may come minutes apart, which collectives of some devices do not like
+    meet(within)  # they may come minutes apart, which collectives of some devices do not like
     longest = max(_gather_sizes(len(data)))
     most = max(_SMALLEST, _TOGETHER >> (distributed.process_count() - 1).bit_length())
     rows: list[list[np.ndarray]] = [[] for _ in range(distributed.process_count())]
@@ -81,12 +82,17 @@ def _gather_sizes(size: int) -> list[int]:
     return [int(high) << 16 | int(low) for high, low in halves]
 
 
-def meet() -> None:
-    """Waits until everybody has come here; the devices do not notice."""
+def meet(within: float | None = None) -> None:
+    """Waits until everybody has come here; the devices do not notice. Raises TimeoutError as `gather` does."""
     if not distributed.is_job():
         return
-    client = distributed.client()
-    client.wait_at_barrier(f"tracerl/meet/{next(_calls)}", distributed.FOR_EVER_MS)
+    client, barrier = distributed.client(), f"tracerl/meet/{next(_calls)}"
+    try:
+        client.wait_at_barrier(barrier, distributed.FOR_EVER_MS if within is None else int(1000 * within))
+    except jax.errors.JaxRuntimeError as error:
+        if within is None:
+            raise
+        raise TimeoutError(f"not all processes came within {within:g} s") from error
     while _told:  # which everybody has read
         client.key_value_delete(_told.pop())
 

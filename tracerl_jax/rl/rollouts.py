@@ -44,6 +44,7 @@ from tracerl_jax.report.metrics import PhaseTimer
 from tracerl_jax.rl.experience import Sample, judge, select
 from tracerl_jax.rollout.engine import Engine
 from tracerl_jax.rollout.options import Request
+from tracerl_jax.rollout.stream import completed
 from tracerl_jax.training.interrupt import together
 from tracerl_jax.training.run import Run, rollout_options
 
@@ -103,7 +104,12 @@ class Rollouts:
         pass
 
     def _decode(self, requests: Sequence[Request]) -> list[Trace]:
-        return list(self.run.watch(self.engine.generate(requests)))
+        self.run.stop.check()
+        traces: dict[int, Trace] = {}
+        for finished in completed(self.engine, requests):
+            traces |= finished
+            self.run.stop.check()
+        return [traces[index] for index in range(len(requests))]
 
     def _make(
         self, step: int, updates: int, timer: PhaseTimer, decode: Callable[[Sequence[Request]], list[Trace]]

@@ -23,6 +23,7 @@ import os
 import threading
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from tracerl_jax.errors import CheckpointError, UserError, in_one_line
 from tracerl_jax.files import write_json
 from tracerl_jax.parallel import watchdog
 from tracerl_jax.parallel.distributed import is_job, is_lead
-from tracerl_jax.parallel.peers import from_lead, gather
+from tracerl_jax.parallel.peers import from_lead, gather, own_share
 from tracerl_jax.training.interrupt import Interrupted
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 TREES = ("params", "value", "train")
 DOCUMENTS = ("data", "meta", "ahead")
 LEAVE_SECONDS = 30.0
+READERS = 8  # threads that compute checksums
 
 
 class Checkpointer:
@@ -107,17 +109,21 @@ class Checkpointer:
         """
         damaged: dict[int, str] = {}
         for step in self._steps():
-            is_sealed, problem = from_lead(lambda step=step: self._verify(step))
+            is_sealed, problem = self._verify(step)
             restored = None
             if problem is None:
                 restored, cause = self._try(step, abstract)
-                problem = next((p for p in gather(cause and in_one_line(cause)) if p), None)
+                problem, is_everywhere = _problem_of_all(cause)
                 if problem is not None and is_sealed:
                     raise CheckpointError(
                         f"{self._folder / str(step)}: cannot be read ({problem}), although its files are as they were "
                         "written; nothing was changed. Check permissions, free memory (of the devices too) and the "
                         "versions of the packages, and run the same command again"
                     ) from cause
+                if not is_everywhere:
+                    write_json(self._mark_path(step), problem)
+                    raise RuntimeError(f"{self._folder / str(step)}: cannot be read here ({problem}), and others wait "
+                                       "for it; the next start sets it aside") from cause
             if problem is None:
                 for number, reason in damaged.items():
                     self._set_aside(number, reason)
@@ -139,8 +145,9 @@ class Checkpointer:
 
     def _verify(self, step: int) -> tuple[bool, str | None]:
         """Whether there are checksums, and what is wrong with the files."""
-        checksums = _read_seal(self._seal_path(step))
-        return checksums is not None, _verify(self._folder / str(step), checksums)
+        checksums, mark = from_lead(lambda: (_read_json(self._seal_path(step)), _read_json(self._mark_path(step))))
+        found = None if checksums is None else _checksums_together(self._folder / str(step))
+        return checksums is not None, mark or _difference(checksums, found)
 
     def _try(self, step: int, abstract: Callable[[dict], dict[str, Any]]) -> tuple[tuple | None, Exception | None]:
         """(what `restore` returns, None), or (None, why it cannot be read)."""
@@ -174,6 +181,7 @@ class Checkpointer:
             log.warning("checkpoint %s is damaged (%s): moved to %s, using the one before", damaged, problem, kept)
             damaged.rename(kept)
             self._seal_path(step).unlink(missing_ok=True)
+            self._mark_path(step).unlink(missing_ok=True)
 
         from_lead(move)
         self._unsealed = [s for s in self._unsealed if s != step]  # the number may come again
@@ -183,6 +191,10 @@ class Checkpointer:
 
     def _seal_path(self, step: int) -> Path:
         return self._checksums / f"{step}.json"
+
+    def _mark_path(self, step: int) -> Path:
+        """What a process wrote that could not read a checkpoint while the others could."""
+        return self._checksums / f"{step}.unreadable"
 
     def seal_finished(self) -> None:
         """Write checksums of checkpoints that have been committed since; call it now and then, it does not block."""
@@ -201,32 +213,35 @@ class Checkpointer:
                 continue
             except (OSError, UserError) as error:
                 log.warning("no checksums for checkpoint %d: %s", step, error)
-        for path in self._checksums.glob("*.json"):
+        for path in self._checksums.glob("*.*"):
             if not (self._folder / path.stem).exists():
                 path.unlink(missing_ok=True)
 
-    def wait(self) -> None:
-        """Block until everything is on disk and has its checksums."""
+    def wait(self, seal: bool = True) -> None:
+        """Block until everything is on disk and, with `seal`, has its checksums."""
         with disk_errors(self._folder), watchdog.phase("save"):
             self._manager.wait_until_finished()
+        if not seal:
+            return
         if self._sealer:
             self._sealer.join()
         self.seal_finished()
         if self._sealer:
             self._sealer.join()
 
-    def close(self) -> None:
-        self.wait()
+    def close(self, seal: bool = True) -> None:
+        self.wait(seal)
         self._manager.close()
 
     def leave(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         """`close`, as the exit of a context.
 
-        A process that an error takes out of a job waits for a save under way only so long: the save waits for the other
+        Behind a signal time is short: checksums, for which everything is read once more, are left to the next start. A
+        process that an error takes out of a job waits for a save under way only so long: the save waits for the other
         processes, which may not know of the error yet.
         """
         if error is None or isinstance(error, Interrupted) or not is_job():
-            return self.close()
+            return self.close(seal=error is None)
 
         def close() -> None:
             with contextlib.suppress(Exception):  # there is one already
@@ -272,8 +287,8 @@ def load_params(path: str | os.PathLike, abstract: Any, step: int | None = None)
         raise CheckpointError(f"{folder}: no step {step}; there are {steps}")
     step = steps[-1] if step is None else step
     chosen = folder / str(step) / "params"
-    checksums = _read_seal(folder.parent / "checksums" / f"{step}.json")
-    problem = _verify(chosen, None if checksums is None else _below("params/", checksums))
+    checksums = _read_json(folder.parent / "checksums" / f"{step}.json")
+    problem = None if checksums is None else _difference(_below("params/", checksums), _checksums(chosen))
     if problem:
         others = [other for other in steps if other != step]
         remedy = f"take another step, there are {others}" if others else "restore it from a copy"
@@ -289,8 +304,18 @@ def abstract_like(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def _read_seal(path: Path) -> dict[str, list[int]] | None:
-    """The checksums of a step; None when they were not written, or not to the end."""
+def _problem_of_all(cause: Exception | None) -> tuple[str | None, bool]:
+    """What kept a process from reading its part, or None; and whether all know of it: the others may be waiting, inside
+    Orbax, for the one that could not."""
+    mine = cause and in_one_line(cause)
+    try:
+        return next((p for p in gather(mine, within=None if mine is None else LEAVE_SECONDS) if p), None), True
+    except TimeoutError:
+        return mine, False
+
+
+def _read_json(path: Path) -> Any:
+    """None for a file that was not written, or not to the end."""
     try:
         return json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
@@ -301,25 +326,39 @@ def _below(prefix: str, checksums: dict[str, list[int]]) -> dict[str, list[int]]
     return {name.removeprefix(prefix): sums for name, sums in checksums.items() if name.startswith(prefix)}
 
 
-def _verify(folder: Path, expected: dict[str, list[int]] | None) -> str | None:
-    """What is wrong with a folder, or None. A folder without checksums is only checked by reading it."""
+def _difference(expected: dict[str, list[int]] | None, found: dict[str, list[int]] | None) -> str | None:
+    """What is wrong with a folder, or None, also for one without checksums, which is only checked by reading it."""
     if expected is None:
         return None
-    found = _checksums(folder)
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     return f"{len(wrong)} files differ from their checksums, the first is {wrong[0]}" if wrong else None
 
 
 def _checksums(folder: Path) -> dict[str, list[int]]:
     """{relative path: [bytes, CRC-32]} of every file below a folder."""
-    sums = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        crc = 0
-        with path.open("rb") as stream:
+    return _checksums_of(folder, _files(folder))
+
+
+def _checksums_together(folder: Path) -> dict[str, list[int]]:
+    """The same, which the processes of a job share."""
+    mine = _checksums_of(folder, own_share(from_lead(lambda: _files(folder))))
+    return {name: sums for of_process in gather(mine) for name, sums in of_process.items()}
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _checksums_of(folder: Path, names: Sequence[str]) -> dict[str, list[int]]:
+    def sums(name: str) -> list[int]:
+        crc = size = 0
+        with (folder / name).open("rb") as stream:
             while chunk := stream.read(1 << 22):
-                crc = zlib.crc32(chunk, crc)
-        sums[path.relative_to(folder).as_posix()] = [path.stat().st_size, crc]
-    return sums
+                crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+        return [size, crc]
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return dict(zip(names, pool.map(sums, names), strict=True))
 
 
 class disk_errors:

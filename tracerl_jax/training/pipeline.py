@@ -218,7 +218,7 @@ def _evaluate(
     for strategy, options in run.protocols.items():
         result = evaluate(
             engine, run.test_problems, run.task.rewards, run.task.accuracy_reward, options=options,
-            samples_per_prompt=run.config.eval.samples_per_prompt, decode=run.decode, watch=run.watch,
+            samples_per_prompt=run.config.eval.samples_per_prompt, decode=run.decode, check=run.stop.check,
         )  # fmt: skip
         results[strategy] = result.summary()
         metrics |= {f"{prefix}{strategy}/{name}": value for name, value in result.metrics().items()}

@@ -13,7 +13,6 @@ import dataclasses
 import logging
 import platform
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from tracerl_jax.data.char_tokenizer import build_char_tokenizer
 from tracerl_jax.data.prompts import Problem, encode_prompts
 from tracerl_jax.data.tasks import Task, get_spec, load_task
 from tracerl_jax.diffusion.grid import round_up
-from tracerl_jax.diffusion.trace import Trace
 from tracerl_jax.errors import ConfigError
 from tracerl_jax.evals.runner import eval_protocols
 from tracerl_jax.interop.folders import copy_companions, read_json, whole_folder
@@ -297,13 +295,6 @@ class Run:
         model = rollout_model(self.model, section.tensor)
         slots = section.slots_per_device * row_shards(model.mesh)
         return Engine(model, params, engine_config(section, slots, valid))
-
-    def watch(self, traces: Iterable[Trace]) -> Iterator[Trace]:
-        """Passes traces on; raises Interrupted before the first and between them when a signal asked to stop."""
-        self.stop.check()
-        for trace in traces:
-            self.stop.check()
-            yield trace
 
     def decode(self, ids: np.ndarray) -> str:
         """Response ids to text, see `interop.tokenizer.decode`."""
