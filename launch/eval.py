@@ -92,11 +92,11 @@ def run(args: argparse.Namespace) -> int:
     from tracerl_jax.interop.tokenizer import decode
     from tracerl_jax.parallel import watchdog
     from tracerl_jax.parallel.distributed import is_job, is_lead, process_index
-    from tracerl_jax.parallel.facts import check_alike
+    from tracerl_jax.parallel.facts import check_alike, check_data, digest
     from tracerl_jax.rewards import settings, start_rewards
     from tracerl_jax.rollout.folder import load_weights, open_engine
     from tracerl_jax.training.pipeline import limit_phases
-    from tracerl_jax.training.run import engine_config
+    from tracerl_jax.training.run import engine_config, weight_files
 
     _require_positive(args, "max_tokens", "max_prompt_tokens", "slots")
     config = _config(args)
@@ -114,6 +114,10 @@ def run(args: argparse.Namespace) -> int:
     problems = {
         name: _problems(config, task, engine, tokenizer, strategies.values()) for name, task in tasks.items()
     }
+
+    if is_job():
+        rows = {name: digest(of_task) for name, of_task in problems.items()}
+        check_data({"rows": rows, "weights": weight_files(args.model)})
 
     results: dict[str, dict[str, Any]] = {name: {} for name in tasks}
     with contextlib.ExitStack() as stack:

@@ -19,10 +19,14 @@ class CheckpointError(UserError):
     """A checkpoint or model folder is missing, damaged or does not fit."""
 
 
-class PeerError(UserError):
-    """The processes of a job did not find each other: one may have died meanwhile, so that a restart is worthwhile."""
+class UnavailableError(UserError):
+    """Something that is needed does not answer, and may do so later: a restart is worthwhile."""
 
     status = 76
+
+
+class PeerError(UnavailableError):
+    """The processes of a job did not find each other: one may have died meanwhile."""
 
 
 def first_line(error: BaseException) -> str:

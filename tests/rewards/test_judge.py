@@ -10,7 +10,7 @@ import pytest
 from judge_utils import HANG_UP, completion, serving
 
 from tracerl_jax.config_rewards import JudgeSection
-from tracerl_jax.errors import ConfigError
+from tracerl_jax.errors import ConfigError, UserError
 from tracerl_jax.rewards import check_row, score, start_rewards
 
 ROWS = [{"question": "1+1=", "ground_truth_answer": "2"}] * 99
@@ -198,22 +198,23 @@ def test_a_file_that_is_no_cache(judged, configure, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keys", "reply", "message"),
+    ("keys", "reply", "message", "status"),
     [
-        ({"url": ""}, 200, r"need reward\.judge\.url: set it"),
-        ({"model": ""}, 200, r"need reward\.judge\.model: set it"),
-        ({"url": "http://127.0.0.1:9/v1"}, 200, r"reward\.judge\.url=http://127\.0\.0\.1:9/v1 gave no answer \(Conn"),
-        ({"api_key_variable": "NO_SUCH_KEY"}, 200, "there is no such environment variable"),
-        ({"api_key_variable": "PATH"}, 401, "HTTP 401.*in the environment variable PATH"),
-        ({}, 404, r"HTTP 404.*reward\.judge\.model=referee"),
-        ({}, 503, "HTTP 503"),
+        ({"url": ""}, 200, r"need reward\.judge\.url: set it", 2),
+        ({"model": ""}, 200, r"need reward\.judge\.model: set it", 2),
+        ({"url": "http://127.0.0.1:9/v1"}, 200, r"judge\.url=http://127\.0\.0\.1:9/v1 gave no answer \(Conn", 76),
+        ({"api_key_variable": "NO_SUCH_KEY"}, 200, "there is no such environment variable", 2),
+        ({"api_key_variable": "PATH"}, 401, "HTTP 401.*in the environment variable PATH", 2),
+        ({}, 404, r"HTTP 404.*reward\.judge\.model=referee", 2),
+        ({}, 503, "HTTP 503", 76),
     ],
 )
-def test_a_judge_that_cannot_be_asked_is_found_at_the_start(judged, configure, keys, reply, message):
+def test_a_judge_that_cannot_be_asked_is_found_at_the_start(judged, configure, keys, reply, message, status):
     with serving(lambda *_: reply) as server:
         configure(judge=judged.settings(**{"url": server.url, **keys}))
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(UserError, match=message) as raised:
             start_rewards(["judge_steps"])
+        assert raised.value.status == status  # 76: a restart may find it back
 
 
 def test_a_judge_that_answers_is_accepted(judged, configure):

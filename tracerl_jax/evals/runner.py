@@ -16,6 +16,7 @@ from tracerl_jax.evals.beside import consume_beside
 from tracerl_jax.evals.items import Items, Seconds
 from tracerl_jax.evals.statistics import Score, scores
 from tracerl_jax.files import plain
+from tracerl_jax.interop.tokenizer import decode_each
 from tracerl_jax.parallel import distributed, peers, watchdog
 from tracerl_jax.rewards import Answers, get_answers, score
 from tracerl_jax.rollout.engine import Engine
@@ -166,7 +167,8 @@ def evaluate(
             yield from ((left[index][0], trace) for index, trace in finished.items())
 
     def judge(batch: list[Answer]) -> None:
-        texts = [problem.prefix + decode(trace.ids) for problem, trace in batch]
+        decoded = decode_each(decode, [trace.ids for _, trace in batch])
+        texts = [text if text is None else p.prefix + text for (p, _), text in zip(batch, decoded, strict=True)]
         items.add(_judged(batch, texts, rewards, accuracy_reward))
         items.clock(wall=time.monotonic() - started)
 
@@ -195,7 +197,7 @@ def in_phases(chunks: Iterator[Value]) -> Iterator[Value]:
 
 
 def _judged(
-    batch: Sequence[Answer], texts: Sequence[str], rewards: Mapping[str, float], accuracy_reward: str
+    batch: Sequence[Answer], texts: Sequence[str | None], rewards: Mapping[str, float], accuracy_reward: str
 ) -> list[Row]:
     """The finished items of a batch."""
     problems, traces = zip(*batch, strict=True)
@@ -207,8 +209,8 @@ def _judged(
         plain({
             "index": problem.index,
             "prompt": problem.prompt_text,
-            "text": texts[i],
-            "answer": answers and _answer(answers, texts[i]),
+            "text": texts[i] or "",
+            "answer": answers and _answer(answers, texts[i] or ""),
             "correct": None if np.isnan(verdicts[i]) else bool(verdicts[i] >= 1),
             "reward": scored.total[i],
             "rewards": {name: values[i] for name, values in scored.by_name.items()},

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tracerl_jax.errors import CheckpointError, in_one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "*.tiktoken")
 _MASK_TOKENS = ("<|MASK|>", "<|mask|>", "<MASK>", "<mask>", "[MASK]", "<|mdm_mask|>")  # the last: LLaDA
@@ -90,6 +93,23 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
     no space is added or removed, ids without a token are skipped."""
     known = [int(i) for i in ids if 0 <= i < len(tokenizer)]
     return tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def decode_each(decode: Callable[[Any], str], each: Sequence[Any]) -> list[str | None]:
+    """The text of each sequence of ids; None, and one warning for all, where `decode` fails: what a tokenizer cannot
+    take must not end a run."""
+    texts: list[str | None] = []
+    errors = []
+    for ids in each:
+        try:
+            texts.append(decode(ids))
+        except Exception as error:
+            texts.append(None)
+            errors.append(error)
+    if errors:
+        logger.warning("the tokenizer failed on %d of %d answers (no verdict for them): %r",
+                       len(errors), len(each), errors[0])  # fmt: skip
+    return texts
 
 
 def decode_all(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

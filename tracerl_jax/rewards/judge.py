@@ -7,13 +7,14 @@ score takes the verdict of its own sample only. Settings: `reward.judge`; for th
 """
 
 import logging
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tracerl_jax.config_rewards import JudgeSection
-from tracerl_jax.errors import ConfigError
+from tracerl_jax.errors import ConfigError, UnavailableError
 from tracerl_jax.rewards import settings
 from tracerl_jax.rewards.judge_cache import open_cache, request_key
 from tracerl_jax.rewards.judge_text import Answer, Failure, combine_votes, fill, missing_fields, read_score
@@ -23,11 +24,13 @@ log = logging.getLogger(__name__)
 
 _GIVEN = {"prompt": "", "completion": "", "step": "", "before": ""}  # fields of every template
 _NOT_CACHED = Failure("offline, and the answer is not in the cache")
+_REFUSED = "HTTP 4(?!08|09|25|29)"  # how a `Failure` begins that will not go away
 _SHOWN = 300  # characters of an answer in a verdict's detail
 
 
 def start() -> None:
-    """Asks the judge one thing, as it will be asked, or looks for the cache. Raises ConfigError with the remedy."""
+    """Asks the judge one thing, as it will be asked, or looks for the cache. Raises ConfigError with the remedy, or
+    UnavailableError for a judge that does not answer now."""
     section = settings.current().judge
     if section.offline:
         if not Path(section.cache).is_file():
@@ -38,7 +41,7 @@ def start() -> None:
     for key in () if section.offline else ("url", "model"):
         if not getattr(section, key):
             raise ConfigError(f"the rewards judge and judge_steps need reward.judge.{key}: set it")
-    with open_cache(section.cache):
+    with open_cache(_cache_file(section)):
         pass  # for its ConfigError
     if section.offline:
         return
@@ -47,11 +50,22 @@ def start() -> None:
     (answer,) = ask([_body(section, "This is a test. Answer with the word yes.")], section)
     if isinstance(answer, Failure):
         key = section.api_key_variable
-        raise ConfigError(
+        kind = ConfigError if re.match(_REFUSED, answer.reason) else UnavailableError
+        raise kind(
             f"the judge at reward.judge.url={section.url} gave no answer ({answer.reason}): start the server or "
             f"correct the URL, the name reward.judge.model={section.model}, or the API key "
             f"({f'in the environment variable {key}' if key else 'reward.judge.api_key_variable names none'})"
         )
+
+
+def _cache_file(section: JudgeSection) -> str | None:
+    """`cache`; but what process i > 0 of a job asks goes to NAME.process-i.SUFFIX: hosts cannot share a sqlite file."""
+    if section.offline or section.cache is None:
+        return section.cache
+    from tracerl_jax.parallel.distributed import process_index  # jax, which worker processes of other rewards spare
+
+    path, index = Path(section.cache), process_index()
+    return str(path.with_suffix(f".process-{index}{path.suffix}")) if index else section.cache
 
 
 def _check(template: str, row: Mapping[str, object]) -> str:
@@ -116,7 +130,7 @@ def _ask_about(texts: Sequence[str | Failure]) -> list[Verdict]:
     begin = time.perf_counter()
     bodies = {text: _body(section, text) for text in texts if isinstance(text, str)}
     keys = {(text, vote): request_key(body, vote) for text, body in bodies.items() for vote in range(section.votes)}
-    with open_cache(section.cache) as cache:
+    with open_cache(_cache_file(section)) as cache:
         answers: dict[tuple[str, int], Answer | Failure | None] = {
             question: cache.get(key) for question, key in keys.items()
         }

@@ -11,6 +11,7 @@ import httpx
 
 from tracerl_jax.config_rewards import JudgeSection
 from tracerl_jax.errors import ConfigError
+from tracerl_jax.parallel.distributed import process_count
 from tracerl_jax.rewards.judge_text import Answer, Failure
 
 MAX_WAIT = 60.0  # seconds, between two tries
@@ -28,8 +29,9 @@ def ask(
     """One answer per request body, in order. `received(index, answer)` is called for each as soon as it is there.
 
     Never raises for what the server does. Takes, per request, at most `retries` + 1 times `timeout_seconds` and the
-    waits between; and when `concurrency` requests in a row have failed for good, the rest is not asked any more.
-    Raises ConfigError when the variable of the API key is not set.
+    waits between; and when as many in a row as are asked at a time have failed for good, the rest is not asked any
+    more. The processes of a job share `concurrency` and `requests_per_minute`. Raises ConfigError when the variable of
+    the API key is not set.
     """
     return _run(_ask(bodies, section, received))
 
@@ -44,7 +46,7 @@ def _run(coroutine: Coroutine[Any, Any, Result]) -> Result:
 
 
 async def _ask(bodies, section, received) -> list[Answer | Failure]:
-    limits = httpx.Limits(max_connections=section.concurrency)
+    limits = httpx.Limits(max_connections=share_of(section))
     async with httpx.AsyncClient(headers=_headers(section), timeout=None, limits=limits) as client:
         server = _Server(section, client)
 
@@ -55,6 +57,11 @@ async def _ask(bodies, section, received) -> list[Answer | Failure]:
             return answer
 
         return await asyncio.gather(*map(one, range(len(bodies))))
+
+
+def share_of(section: JudgeSection) -> int:
+    """Of the requests at a time: those of this process of a job, at least one."""
+    return max(1, section.concurrency // process_count())
 
 
 def _headers(section: JudgeSection) -> dict[str, str]:
@@ -74,15 +81,15 @@ class _Retry(Exception):
 
 class _Server:
     def __init__(self, section: JudgeSection, client: httpx.AsyncClient):
-        self._section, self._client = section, client
+        self._section, self._client, self._share = section, client, share_of(section)
         self._url = f"{section.url.rstrip('/')}/chat/completions"
-        self._places = asyncio.Semaphore(section.concurrency)
+        self._places = asyncio.Semaphore(self._share)
         self._next_start = 0.0
         self._failed_in_a_row = 0
 
     async def ask(self, body: Body) -> Answer | Failure:
         async with self._places:
-            if self._failed_in_a_row >= self._section.concurrency:
+            if self._failed_in_a_row >= self._share:
                 return Failure(f"not asked, after {self._failed_in_a_row} failures in a row")
             answer, counts = await self._persist(body)
             self._failed_in_a_row = self._failed_in_a_row + 1 if counts else 0
@@ -113,7 +120,7 @@ class _Server:
         if self._section.requests_per_minute:
             now = asyncio.get_running_loop().time()
             start = max(now, self._next_start)
-            self._next_start = start + 60 / self._section.requests_per_minute
+            self._next_start = start + 60 * process_count() / self._section.requests_per_minute
             await asyncio.sleep(start - now)
 
 

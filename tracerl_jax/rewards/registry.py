@@ -152,7 +152,7 @@ class RewardResult:
 def score(
     rewards: Mapping[str, float],
     prompts: Sequence[str],
-    completions: Sequence[str],
+    completions: Sequence[str | None],
     columns: Sequence[Mapping[str, object]],
     step_ends: Sequence[Sequence[int]] | None = None,
 ) -> RewardResult:
@@ -161,7 +161,8 @@ def score(
     `columns[i]` is the row of sample i's problem. A function receives every field that occurs, as a keyword with one
     value per sample (None where a row lacks it). A component without verdict makes the total NaN unless its weight is
     zero. A function that raises, or does not return one number, `Verdict` or None per sample, is called again sample by
-    sample; only the samples that fail alone lose their verdict, and so do those with an infinite reward or NaN.
+    sample; only the samples that fail alone lose their verdict, and so do those with an infinite reward or NaN. A
+    completion that is None, which has no text, gets no verdict and is shown to no function.
     `step_ends` are for rewards of steps: ascending, in characters; by default a completion is one step.
     """
     if not len(prompts) == len(completions) == len(columns):
@@ -173,7 +174,7 @@ def score(
     steps: list[dict[int, float]] = [{} for _ in prompts]
     for name, weight in rewards.items():
         if _registered(name).steps:
-            ends = [(len(text),) for text in completions] if step_ends is None else step_ends
+            ends = [(len(text or ""),) for text in completions] if step_ends is None else step_ends
             verdicts = _call(name, prompts, completions, {**stacked, "step_ends": ends})
         else:
             verdicts = _call(name, prompts, completions, stacked)
@@ -191,7 +192,12 @@ def score(
     return RewardResult(total, by_name, details, errors, whole, known)
 
 
-def _call(name: str, prompts: Sequence[str], completions: Sequence[str], columns: dict) -> list[Verdict]:
+def _call(name: str, prompts: Sequence[str], completions: Sequence[str | None], columns: dict) -> list[Verdict]:
+    known = [i for i, text in enumerate(completions) if text is not None]
+    if len(known) < len(completions):
+        parts = [[column[i] for i in known] for column in (prompts, completions, *columns.values())]
+        verdicts = dict(zip(known, _call(name, *parts[:2], dict(zip(columns, parts[2:], strict=True))), strict=True))
+        return [verdicts.get(i, _Failed(None, "has no text to judge")) for i in range(len(completions))]
     function = get_reward(name)
     try:
         verdicts = _verdicts(name, function(prompts, completions, **columns), completions)

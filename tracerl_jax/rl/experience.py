@@ -10,6 +10,7 @@ from tracerl_jax.config import RLSection
 from tracerl_jax.config_rewards import ProcessSection
 from tracerl_jax.data.prompts import Problem
 from tracerl_jax.diffusion.trace import Trace, tokens_per_denoise_step, tokens_per_forward
+from tracerl_jax.interop.tokenizer import decode_each
 from tracerl_jax.rewards import rewards_of_steps, score
 from tracerl_jax.rewards.steps import step_ends, tokens_of_steps
 from tracerl_jax.rl.advantages import accuracy_filter, group_zscore, leave_one_out
@@ -22,7 +23,7 @@ class Sample:
 
     problem: Problem
     trace: Trace
-    text: str
+    text: str | None  # None: the tokenizer failed
     group: int  # samples of one problem of a step share it
     reward: float  # NaN: no verdict
     rewards: Mapping[str, float]  # by reward function, before weighting
@@ -58,14 +59,15 @@ def judge(
         process: where steps end, for rewards of steps.
         pieces: response ids to the text of each, which join to what `decode` gives.
     """
-    texts = [owner.prefix + decode(trace.ids) for owner, trace in zip(problems, traces, strict=True)]
+    decoded = decode_each(decode, [trace.ids for trace in traces])
+    texts = [text if text is None else owner.prefix + text for owner, text in zip(problems, decoded, strict=True)]
     token_ends = ends = None
     if rewards_of_steps(rewards):
         token_ends = [
-            len(owner.prefix) + np.cumsum([len(piece) for piece in pieces(trace.ids)])
-            for owner, trace in zip(problems, traces, strict=True)
+            len(owner.prefix) + np.cumsum([len(piece) for piece in (() if text is None else pieces(trace.ids))])
+            for owner, trace, text in zip(problems, traces, texts, strict=True)
         ]
-        ends = [step_ends(text, of_tokens, process) for text, of_tokens in zip(texts, token_ends, strict=True)]
+        ends = [step_ends(text or "", of_tokens, process) for text, of_tokens in zip(texts, token_ends, strict=True)]
     result = score(rewards, [p.prompt_text for p in problems], texts, [p.columns for p in problems], ends)
     correct = np.where(np.isnan(result.by_name[accuracy_reward]), np.nan, result.by_name[accuracy_reward] >= 1)
     cut = np.array([truncated_is_wrong and trace.stop_reason == "length" for trace in traces], bool)

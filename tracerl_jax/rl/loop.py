@@ -273,7 +273,7 @@ def value_metrics(config: RunConfig, results: Sequence[UpdateResult], learner: L
 
 
 def write_samples(run: Run, samples: Sequence[Sample], step: int) -> None:
-    """The first samples of the step, from as many groups as possible."""
+    """The first samples of the step, from as many groups as possible, but for those without text."""
     section = run.config.rollout
     limit = run.config.report.samples_per_step
     spread = sorted(range(len(samples)), key=lambda i: (i % section.samples_per_prompt, i))[:limit]
@@ -285,6 +285,7 @@ def write_samples(run: Run, samples: Sequence[Sample], step: int) -> None:
             steps=sample.steps, tokenizer=run.tokenizer,
         )
         for sample in (samples[i] for i in sorted(spread))
+        if sample.text is not None
     )  # fmt: skip
 
 

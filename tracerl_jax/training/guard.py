@@ -52,8 +52,10 @@ class NonFiniteGuard:
         leaves = jax.tree_util.tree_leaves_with_path(evidence)
         names = [jax.tree_util.keystr(key, simple=True, separator=".") for key, _ in leaves]
         if is_lead():  # the processes of a job have the same evidence
+            partial = path.with_name(f"partial-{path.name}")
             with writing(path):
-                np.savez(path, **{name: np.asarray(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)})
+                np.savez(partial, **{name: np.asarray(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)})
+                partial.replace(path)
         raise UserError(
             f"{where}: {count} updates in a row had a loss, a gradient or samples that are not finite; nothing was "
             f"changed by them. The last batch is in {path}. To go on from the last checkpoint with a lower learning "

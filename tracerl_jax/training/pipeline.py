@@ -13,7 +13,8 @@ from tracerl_jax.config_io import to_dict
 from tracerl_jax.errors import CheckpointError, ConfigError
 from tracerl_jax.evals.runner import evaluate
 from tracerl_jax.parallel import watchdog
-from tracerl_jax.parallel.facts import check_alike
+from tracerl_jax.parallel.distributed import is_job
+from tracerl_jax.parallel.facts import check_alike, check_data, digest
 from tracerl_jax.parallel.peers import from_lead
 from tracerl_jax.report.metrics import MetricLog
 from tracerl_jax.report.page import write_page
@@ -138,6 +139,8 @@ def _supervised(run: Run, progress: Progress, trees: dict[str, Any] | None, opti
     """Progress and parameters after the warm-up."""
     # Before anything else: a bad row is found now, not after the evaluation.
     examples = prepare_examples(run) if progress.sft_step < run.config.sft.steps else []
+    if is_job():
+        check_data({"rows": {"sft": digest(examples)}})
     if trees is not None:
         state = trees["train"]._replace(params=trees["params"])
     else:

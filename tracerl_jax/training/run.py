@@ -35,7 +35,8 @@ from tracerl_jax.interop.hf_save import save_hf, save_model_files
 from tracerl_jax.interop.tokenizer import decode, load_tokenizer, mask_token_id, valid_vocab
 from tracerl_jax.models import PRESETS, Model
 from tracerl_jax.parallel import watchdog
-from tracerl_jax.parallel.distributed import is_lead, process_index
+from tracerl_jax.parallel.distributed import is_job, is_lead, process_index
+from tracerl_jax.parallel.facts import check_data, digest
 from tracerl_jax.parallel.mesh import make_mesh
 from tracerl_jax.parallel.peers import connect, from_lead
 from tracerl_jax.parallel.place import local_mesh
@@ -105,6 +106,7 @@ class Run:
             # Bad rows are found now, not after hours of warm-up.
             self.train_problems = self._problems(self.task.train) if config.rl.steps else []
             self.test_problems = self._problems(self.task.test) if self.task.test else []
+            self._check_data()
             self._check_lengths()
             self._check_decoding()
             # A new run folder is tied to its config only now: what failed above may be mended under the same name.
@@ -132,6 +134,14 @@ class Run:
 
     def _write_config(self) -> None:
         self.folder.write_config(config_io.to_dict(self.config), complete=with_defaults)
+
+    def _check_data(self) -> None:
+        """Raises ConfigError when another process of the job has read other rows, or would read other weights."""
+        if is_job():
+            folders = {"model": self.config.model.path, "value": self.config.value.path}
+            weights = {name: weight_files(folder) for name, folder in folders.items() if folder}
+            rows = {"train": digest(self.train_problems), "test": digest(self.test_problems)}
+            check_data({"rows": rows, "weights": weights})
 
     def _check_lengths(self) -> None:
         """Raises ConfigError when a prompt and what may be decoded behind it are longer than the model allows."""
@@ -354,6 +364,11 @@ def rollout_options(section: RolloutSection, seed: int) -> SamplingOptions:
         return SamplingOptions(**{name: getattr(section, name) for name in names}, seed=seed)
     except ConfigError as error:
         raise ConfigError(f"rollout: {error}") from None
+
+
+def weight_files(folder: str) -> dict[str, int]:
+    """{name: bytes} of a model folder's."""
+    return {path.name: path.stat().st_size for path in sorted(Path(folder).glob("*.safetensors"))}
 
 
 def with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
