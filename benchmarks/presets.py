@@ -14,10 +14,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tracerl_jax.config import RunConfig
+from tracerl_jax.config_io import load_config
+
 ROOT = Path(__file__).parents[1]
 PLANS = ROOT / "build" / "plans"
 PAGE = ROOT / "docs" / "presets.md"
 GIB = 2**30
+UTILISATION = 0.4  # of the chip's peak, as `tracerl plan` assumes
 
 # (config, topology, overrides), the smallest topologies of a config first.
 ROWS = [
@@ -44,7 +48,10 @@ INTRODUCTION = """# What fits where
 
 Written by `python benchmarks/presets.py` from the figures of the real TPU and CUDA compilers (`tracerl plan`); nothing
 here has run on an accelerator. Memory is the peak of a chip over all programs of an RL step, everything that stays on
-it included. Times are lower bounds: what the chip's peak FLOPs, HBM and links allow if nothing else costs anything.
+it included. A GPU's limit is JAX's default share of 75%: the environment variable XLA_PYTHON_CLIENT_MEM_FRACTION=0.9, for
+`tracerl plan` and for the run, gives more. Seconds are those of one RL step and lower bounds, at 100% of the chip's peak:
+what its FLOPs, HBM and links allow if nothing else costs anything. The last column is the time of all RL steps of the
+config (`rl.steps`) at 40% of the peak, an assumption; evaluations and checkpoints come on top.
 Prompts and responses are the longest that the configs allow, and all responses are kept: a real step, with shorter
 responses, is cheaper.
 
@@ -100,12 +107,19 @@ def row(config: str, found: dict, overrides: tuple[str, ...]) -> str:
         "yes" if fits else "**no**",
     ]
     if any(program["overflow"] for program in programs):
-        return _line([*cells, "-", "-", "-"])
+        return _line([*cells, "-", "-", "-", "-"])
     seconds = {program["name"]: program["runs_per_step"] * program["seconds"] for program in programs}
     rollout = sum(seconds[name] for name in seconds if name in ("sync", "prefill", "decode"))
     total = sum(seconds.values())
     cells += [f"{rollout:.0f}", f"{total - rollout:.0f}", f"{found['response_tokens'] / total / found['chips']:,.0f}"]
-    return _line(cells)
+    return _line([*cells, _run_cell(config, total)])
+
+
+def _run_cell(config: str, step_seconds: float) -> str:
+    """All RL steps of the config, each `step_seconds` at the peak."""
+    steps = load_config(RunConfig, config).rl.steps
+    hours = steps * step_seconds / UTILISATION / 3600
+    return f"{steps} in {hours:.0f} h" if hours < 48 else f"{steps} in {hours / 24:.1f} days"
 
 
 def _config_cell(config: str, overrides: tuple[str, ...]) -> str:
@@ -133,7 +147,7 @@ def main() -> None:
     if unknown := set(only) - {config for config, *_ in ROWS}:
         parser.error(f"no row has the config {', '.join(sorted(unknown))}")
     lines = [_line(["config", "topology (chips)", "mesh", "peak GiB per chip", "fits", "rollout s", "update s",
-                    "tokens/s per chip"]), _line(["---"] * 8)]  # fmt: skip
+                    "tokens/s per chip", "steps at 40%"]), _line(["---"] * 9)]  # fmt: skip
     for config, topology, overrides in ROWS:
         if only and config not in only:
             keys = [(_config_cell(name, overrides), topology) for name in (config, f"{config}:value")]

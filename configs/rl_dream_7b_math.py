@@ -57,6 +57,7 @@ def like_dream(name, path, arg=None, **sections):
 
 
 def evaluation_of(name, config):
-    """How a run evaluates, for `tracerl eval`; nothing is trained."""
+    """How a run evaluates, for `tracerl eval`, whose tasks have rows of their own; nothing is trained."""
     config.name, config.rl = name, {"steps": 0}
+    config.task.path = config.task.eval_path = None
     return config

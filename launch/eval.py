@@ -21,10 +21,12 @@ With --output every finished answer is kept, and the same command goes on where 
 take TASK=VALUE may be repeated, once for a task."""
 
 EPILOG = """examples:
-  tracerl eval --model runs/demo/hf --tasks arithmetic
+  tracerl eval --model runs/demo/hf --tasks arithmetic \\
+      --options arithmetic=digits=1,shortcuts=50,train_count=1300,test_count=256 --max_tokens 32
   tracerl eval --model SDAR-4B-Chat --tasks gsm8k,math500 --path gsm8k=gsm8k_test.jsonl --path math500=math500.jsonl \\
       --samples 4 --max_tokens 1024 --output results/sdar-4b
   tracerl eval --model Dream-v0-Instruct-7B --config eval_dream_7b --tasks math500 --path math500=math500.jsonl
+  tracerl eval --model runs/demo/hf --config demo --tasks arithmetic            (the same as the first)
   tracerl eval --model runs/demo/hf --tasks arithmetic --options arithmetic=digits=3 --strategies static"""
 
 # Flags that stand for keys of a config.
@@ -78,8 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--on_bad_row", choices=("fail", "skip"), help="unusable rows (default: task.on_bad_row)")
     flag("--output", metavar="DIR", help="folder for results.json, every answer, and what is needed to go on")
     flag("--overwrite", action="store_true", help="forget what is in --output")
-    flag("--config", metavar="FILE[:ARG]", help="config of a run, to evaluate as that does; with or without it "
-         f"{FLAG}KEY=VALUE sets single keys (listed by tracerl rl --help)")  # fmt: skip
+    flag("--config", metavar="FILE[:ARG]", help="config of a run, to evaluate as that does: its task also with its "
+         f"rows, options, rewards and prefix; with or without it {FLAG}KEY=VALUE sets single keys (listed by tracerl "
+         "rl --help)")  # fmt: skip
     parser.config_flags += [FLAG + key for key in keys_of(RunConfig)]
 
 
@@ -112,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     if tokenizer is None:
         raise ConfigError(f"{args.model}: has no tokenizer, which evaluation needs; put its files into the folder")
     problems = {
-        name: _problems(config, task, engine, tokenizer, strategies.values()) for name, task in tasks.items()
+        name: _problems(args, config, task, engine, tokenizer, strategies.values()) for name, task in tasks.items()
     }
 
     if is_job():
@@ -183,16 +186,25 @@ def _load_tasks(args: argparse.Namespace, config: Any) -> dict[str, Any]:
     paths = _per_task(args, "path", None, str)
     limits = _per_task(args, "limit", config.eval.limit, _positive)
     options = _per_task(args, "options", {}, _parse_options)
+    own = {name: _own_section(args, config, name) for name in names}
     return {
         name: load_task(
-            name, eval_path=paths[name], template=config.task.template, eval_limit=limits[name],
-            on_bad_row=config.task.on_bad_row, options=options[name],
+            name, eval_path=paths[name] or own[name].eval_path, template=config.task.template, eval_limit=limits[name],
+            on_bad_row=config.task.on_bad_row, options=options[name] or own[name].options, rewards=own[name].rewards,
         )
         for name in names
     }  # fmt: skip
 
 
-def _problems(config: Any, task, engine, tokenizer, strategies: Iterable) -> list:
+def _own_section(args: argparse.Namespace, config: Any, task: str) -> Any:
+    """Where rows, options, rewards and prefix of this task are read, which are those of no other: the config's section
+    if --config is of a run on it, else the defaults."""
+    from tracerl_jax.config import TaskSection
+
+    return config.task if args.config and config.task.name == task else TaskSection()
+
+
+def _problems(args: argparse.Namespace, config: Any, task, engine, tokenizer, strategies: Iterable) -> list:
     """The task's held-out rows as prompts, none of which the engine will refuse."""
     from tracerl_jax.data.jsonl import BadRows
     from tracerl_jax.data.prompts import encode_prompts
@@ -200,8 +212,9 @@ def _problems(config: Any, task, engine, tokenizer, strategies: Iterable) -> lis
     from tracerl_jax.rollout.options import Request
 
     problems = encode_prompts(
-        task.test, tokenizer, task.template, config.task.max_prompt_tokens, on_bad_row=config.task.on_bad_row
-    )
+        task.test, tokenizer, task.template, config.task.max_prompt_tokens, on_bad_row=config.task.on_bad_row,
+        prefix=_own_section(args, config, task.name).prefix,
+    )  # fmt: skip
     kept, bad = [], BadRows(config.task.on_bad_row)
     for problem in problems:
         where = problem.columns.get(SOURCE) or f"{task.name}, row {problem.index + 1}"

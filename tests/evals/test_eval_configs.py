@@ -6,7 +6,9 @@ import pytest
 
 from tracerl_jax.config import RunConfig
 from tracerl_jax.config_io import load_config
+from tracerl_jax.data.jsonl import write_jsonl
 from tracerl_jax.errors import ConfigError
+from tracerl_jax.evals import manifest as manifest_module
 from tracerl_jax.evals.runner import eval_protocols
 from tracerl_jax.launch.cli import main
 from tracerl_jax.parallel import facts
@@ -26,7 +28,7 @@ def test_families_are_evaluated_with_the_papers_settings(family):
     for name, options in found.items():
         assert options.strategy == name
         assert {key: getattr(options, key) for key in FAMILIES[family]} == FAMILIES[family]
-    assert (config.eval.samples_per_prompt, config.rl.steps) == (3, 0)
+    assert (config.eval.samples_per_prompt, config.rl.steps, config.task.eval_path) == (3, 0, None)
     assert (config.rollout.cache, config.rollout.horizon) == ("prefix", 32 + 128)
 
 
@@ -77,3 +79,58 @@ def test_command_takes_a_config_and_flags_go_before_it(model_folder, tmp_path):
     assert manifest["tasks"]["arithmetic"]["samples"] == manifest["tasks"]["arithmetic"]["problems"] == 2
     result = json.loads((tmp_path / "out" / "results.json").read_text())["arithmetic"]["static"]
     assert result["samples"] == 4
+
+
+TASK = """
+from ml_collections import ConfigDict
+
+def get_config():
+    return ConfigDict({"model": {"preset": "sdar_tiny"}, "rollout": {"max_tokens": 8}, "task": %r})
+"""
+
+
+@pytest.fixture
+def evaluated(model_folder, tmp_path, monkeypatch):
+    """What would be decoded, as {task: (Task, problems, samples)}; nothing is."""
+
+    def of(section, *words):
+        def make_manifest(model, dtype, tasks, *_):
+            told.update(tasks)
+            raise ConfigError("enough")
+
+        told = {}
+        monkeypatch.setattr(manifest_module, "make_manifest", make_manifest)
+        (tmp_path / "own.py").write_text(TASK % section)
+        assert main(["eval", "--model", str(model_folder), "--output", str(tmp_path / "out"), *words]) == 2
+        return told
+
+    return of
+
+
+def test_the_task_of_a_config_is_evaluated_as_its_run_does(evaluated, tmp_path):
+    config = ("--config", str(tmp_path / "own.py"))
+    section = {"name": "arithmetic", "options": {"digits": 1, "train_count": 9, "test_count": 3}, "prefix": "so ",
+               "rewards": {"exact_match": 1.0, "ascii_share": 0.5}}  # fmt: skip
+    rows = [{"question": "1+1=", "ground_truth_answer": "2"}] * 2
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    of_rows = f"jsonl={tmp_path / 'rows.jsonl'}"
+    told = evaluated(section, *config, "--tasks", "arithmetic,jsonl", "--path", of_rows)
+    task, problems, _ = told["arithmetic"]
+    assert task.rewards == section["rewards"] and len(problems) == 3
+    assert all(problem.prompt_text.endswith("=so ") for problem in problems)
+    task, problems, _ = told["jsonl"]  # of which the config says nothing
+    assert task.rewards == {"math": 1.0} and [problem.prompt_text for problem in problems] == ["1+1="] * 2
+
+    flags = ("--options", "arithmetic=train_count=9,test_count=4")
+    assert len(evaluated(section, *config, "--tasks", "arithmetic", *flags)["arithmetic"][1]) == 4
+    words = ("--config.task.name=arithmetic", "--config.task.prefix=so ", *flags)  # no run's config
+    assert evaluated(section, "--tasks", "arithmetic", *words)["arithmetic"][1][0].prompt_text.endswith("=")
+
+
+def test_the_held_out_file_of_a_config_is_read_unless_a_flag_names_another(evaluated, tmp_path):
+    for name, count in (("own", 1), ("other", 2)):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"question": "1+1=", "ground_truth_answer": "2"}] * count)
+    words = ("--config", str(tmp_path / "own.py"), "--tasks", "jsonl")
+    section = {"name": "jsonl", "eval_path": str(tmp_path / "own.jsonl")}
+    assert len(evaluated(section, *words)["jsonl"][1]) == 1
+    assert len(evaluated(section, *words, "--path", f"jsonl={tmp_path / 'other.jsonl'}")["jsonl"][1]) == 2

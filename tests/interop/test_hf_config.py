@@ -160,7 +160,7 @@ def test_new_config_reads_back(preset):
 
 
 def test_bad_folders(tmp_path):
-    with pytest.raises(CheckpointError, match="not a folder"):
+    with pytest.raises(CheckpointError, match=r"not a folder.*: hf download OWNER/NAME"):
         read_model_config(tmp_path / "absent")
     with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
         read_model_config(tmp_path)

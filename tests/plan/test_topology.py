@@ -44,7 +44,10 @@ def test_names(name, chips, shape):
     [
         ("", "is not CHIP:SHAPE"),
         ("v5p", "is not CHIP:SHAPE"),
-        ("v5p-64", "is not CHIP:SHAPE"),
+        ("v5p-64", "a100:8; Google's v5p-64 counts cores and is v5p:2x4x4"),
+        ("2xv4-256", "counts cores and is v4:4x4x8"),
+        ("v5p-7", "a100:8."),
+        ("v6e-64", "a100:8."),
         ("v5p:", "is not CHIP:SHAPE"),
         ("v5p:4x4x", "is not CHIP:SHAPE"),
         ("v5p:-4x4x4", "is not CHIP:SHAPE"),

@@ -293,7 +293,7 @@ ONE_STEP = FULL | {"sft__steps": 0, "rl__steps": 1, "eval__strategies": []}
 
 def test_a_step_without_usable_group_is_skipped_and_said(tmp_path, caplog):
     train(tiny(tmp_path, **ONE_STEP, task__rewards={"tiny_flat": 1.0}))
-    assert "rl step 1: no usable group" in caplog.text
+    assert "rl step 1: no usable group" in caplog.text and "needs rl.accuracy_low=0.0" in caplog.text
     (row,) = metric_rows(tmp_path / "run")
     assert row["updates/skipped"] == 1 and row["groups/kept_fraction"] == 0 and row["reward"] == 1
     assert saved_state(tmp_path / "run")[0]["train['policy']['updates']"] == 0

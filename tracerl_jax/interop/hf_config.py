@@ -22,7 +22,10 @@ def read_model_config(folder: str | os.PathLike, **overrides: Any) -> ModelConfi
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: not a folder; give a Hugging Face model folder (with config.json)")
+        raise CheckpointError(
+            f"{folder}: not a folder; give a Hugging Face model folder (with config.json); a model of the hub is "
+            "fetched first: hf download OWNER/NAME --local-dir NAME"
+        )
     path = folder / "config.json"
     if not path.exists():
         raise CheckpointError(

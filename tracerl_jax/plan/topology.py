@@ -1,5 +1,6 @@
 """Devices of machines that are not there, for ahead-of-time compilation by the real TPU and CUDA compilers."""
 
+import itertools
 import math
 import os
 import re
@@ -53,7 +54,7 @@ def parse_topology(name: str) -> Topology:
     slices, spec = re.fullmatch(r"(?:(\d+) ?x ?)?(.*)", name.strip().lower()).groups()
     match = re.fullmatch(r"([a-z0-9-]+):(\d+(?:x\d+)*)", spec)
     if not match:
-        raise ConfigError(f"topology {name!r} is not CHIP:SHAPE; for example {EXAMPLES}.")
+        raise ConfigError(f"topology {name!r} is not CHIP:SHAPE; for example {EXAMPLES}{_instead_of_cores(spec)}.")
     if match[1] not in CHIPS:
         raise ConfigError(f"topology {name!r}: unknown chip {match[1]!r}; known: {', '.join(CHIPS)}.")
     chip, shape = CHIPS[match[1]], tuple(int(n) for n in match[2].split("x"))
@@ -76,6 +77,17 @@ def parse_topology(name: str) -> Topology:
         raise ConfigError(f"topology {name!r}: how fast slices of {chip.name} exchange data is not published; plan one "
                           f"slice, {spec}.")
     return Topology(name, chip, shape, slices)
+
+
+def _instead_of_cores(name: str) -> str:
+    """What Google's name of a slice, which counts two cores a chip, is here; "" for other names."""
+    match = re.fullmatch(r"(v4|v5p)-(\d+)", name)
+    if not match:
+        return ""
+    cubes = itertools.combinations_with_replacement(range(4, 33, 4), 3)
+    shapes = [*(tuple(map(int, shape.split("x"))) for shape in SLICES[3]), *sorted(cubes, key=max)]
+    found = next((shape for shape in shapes if 2 * math.prod(shape) == int(match[2])), None)
+    return f"; Google's {name} counts cores and is {match[1]}:{'x'.join(map(str, found))}" if found else ""
 
 
 def missing_compiler(platform: str) -> str | None:

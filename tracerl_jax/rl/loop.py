@@ -150,7 +150,10 @@ def update(
         kept, config.rl, mask_id=run.model.config.mask_token_id, block_size=block_size, seed=config.seed, step=step
     )
     if not plan:
-        log.warning("rl step %d: no usable group (see groups/kept_fraction), nothing is updated", step)
+        log.warning(
+            "rl step %d: no usable group (see groups/kept_fraction), nothing is updated; a reward that is not 0 or 1 "
+            "needs rl.accuracy_low=0.0 and rl.accuracy_high=1.0", step,
+        )  # fmt: skip
         return {"updates/skipped": 1.0}
     with timer("replay"):
         everything = [replay for part in plan for replay in part]

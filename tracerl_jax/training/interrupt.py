@@ -84,5 +84,5 @@ class StopSignal:
         self.requested = self.requested or name
         # Not `print`: the signal may have come in the middle of one, and a buffered file refuses a second writer.
         with contextlib.suppress(OSError):
-            text = f"\n{name}: finishing the current phase and saving (once more stops at once)\n"
+            text = f"\n{name}: stopping at the next safe place and saving (once more stops at once)\n"
             os.write(2, text.encode())
