@@ -48,12 +48,12 @@ INTRODUCTION = """# What fits where
 
 Written by `python benchmarks/presets.py` from the figures of the real TPU and CUDA compilers (`tracerl plan`); nothing
 here has run on an accelerator. Memory is the peak of a chip over all programs of an RL step, everything that stays on
-it included. A GPU's limit is JAX's default share of 75%: the environment variable XLA_PYTHON_CLIENT_MEM_FRACTION=0.9, for
-`tracerl plan` and for the run, gives more. Seconds are those of one RL step and lower bounds, at 100% of the chip's peak:
-what its FLOPs, HBM and links allow if nothing else costs anything. The last column is the time of all RL steps of the
-config (`rl.steps`) at 40% of the peak, an assumption; evaluations and checkpoints come on top.
-Prompts and responses are the longest that the configs allow, and all responses are kept: a real step, with shorter
-responses, is cheaper.
+it included. A GPU's limit is JAX's default share of 75%: XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 in the environment, of
+`tracerl plan` and of the run, gives more. Seconds are those of one RL step and lower bounds, at 100% of the chip's
+peak: what its FLOPs, HBM and links allow if nothing else costs anything. The last column is the time of all RL steps
+of the config (`rl.steps`) at 40% of the peak, an assumption; evaluations and checkpoints come on top. Prompts and
+responses are the longest that the configs allow, and all responses are kept: a real step, with shorter responses, is
+cheaper.
 
 | configs | prompt, response | tokens per denoise step | shrink |
 | --- | --- | --- | --- |

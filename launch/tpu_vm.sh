@@ -3,12 +3,14 @@
 #
 #   export NAME=first ZONE=us-east5-a TYPE=v5p-128
 #   launch/tpu_vm.sh create        ask for the slices (a queued resource) and wait for them
-#   launch/tpu_vm.sh setup         install this checkout on every host
+#   launch/tpu_vm.sh setup         install the committed state of this checkout on every host
 #   launch/tpu_vm.sh devices       does every host see all chips?
-#   launch/tpu_vm.sh run rl --config rl_sdar_8b_math --config.runs_dir=/shared/runs --config.name=first
+#   launch/tpu_vm.sh run rl --config rl_sdar_8b_math --config.model.path=/shared/SDAR-8B-Chat \
+#       --config.task.path=/shared/math_train.jsonl --config.task.eval_path=/shared/math500.jsonl \
+#       --config.runs_dir=/shared/runs --config.name=first --config.checkpoint.every=1
 #   launch/tpu_vm.sh logs          the last lines of the first host
 #   launch/tpu_vm.sh status        is it running, on which hosts?
-#   launch/tpu_vm.sh stop          finish the phase, save, end
+#   launch/tpu_vm.sh stop          save and end (how soon: docs/pods.md)
 #   launch/tpu_vm.sh delete        give the slices back
 #
 # Variables:
@@ -19,6 +21,7 @@
 #   MAX_RESTARTS       starts after a crash or a lost host (default: 5)
 #   CREATE_FLAGS       more flags of `gcloud .. queued-resources create`: --spot, --reserved, --network=..
 #
+# `run` starts in the home folder of each host: put a config of your own on /shared and name it by its full path.
 # After a pre-emption: delete, create, setup, and the same run, which continues from its last checkpoint.
 # shellcheck disable=SC2016  # what is in single quotes is for the hosts to expand
 set -euo pipefail
@@ -72,7 +75,7 @@ setup() {
     everywhere 'set -e
         rm -rf tracerl && tar xf tracerl.tar.gz
         python3 -m pip install --quiet --user uv
-        python3 -m uv venv --quiet --clear --python 3.12 venv
+        python3 -m uv venv --quiet --clear --seed --python 3.12 venv # with pip, which fetches task rows of PyPI
         python3 -m uv pip install --quiet --python venv/bin/python "./tracerl[tpu]"
         venv/bin/tracerl --version'
     if [ -n "${SHARED:-}" ]; then
