@@ -26,7 +26,7 @@ EPILOG = """examples:
   tracerl eval --model SDAR-4B-Chat --tasks gsm8k,math500 --path gsm8k=gsm8k_test.jsonl --path math500=math500.jsonl \\
       --samples 4 --max_tokens 1024 --output results/sdar-4b
   tracerl eval --model Dream-v0-Instruct-7B --config eval_dream_7b --tasks math500 --path math500=math500.jsonl
-  tracerl eval --model runs/demo/hf --config demo --tasks arithmetic            (the same as the first)
+  tracerl eval --model runs/demo/hf --config demo --tasks arithmetic    # the same as the first
   tracerl eval --model runs/demo/hf --tasks arithmetic --options arithmetic=digits=3 --strategies static"""
 
 # Flags that stand for keys of a config.
