@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from jobs import Job, succeed, tracerl
 from test_jobs import PEER, same_metrics, same_samples
+from test_reward_model import make_folder
 from tiny_runs import assert_same_run, config_file, metric_rows, saved_state
 
 from tracerl_jax.interop.hf_load import Safetensors
 from tracerl_jax.parallel.distributed import STATUS_PEER_LOST
+from tracerl_jax.report.run_dir import intact_rows
 
 pytestmark = pytest.mark.slow
 
@@ -89,6 +91,18 @@ def test_a_checkpoint_goes_on_with_other_meshes_and_other_numbers_of_processes(t
         succeed(tracerl(tmp_path / "out", processes, devices, command(tmp_path, "run", *flags)))
     same_samples(tmp_path / "run", one_process)
     same_metrics(tmp_path / "run", one_process, 1e-4)
+
+
+def test_a_reward_model_scores_the_samples_of_each_process(tmp_path):
+    """With a copy of it on the devices of each."""
+    model = make_folder(tmp_path / "judge", "qwen3")
+    flags = ["--config.task.rewards.reward_model=0.5", f"--config.reward.model.path={model}", "--config.rl.steps=2"]
+    for processes, devices, name in ((2, 2, "two"), (1, 4, "one")):
+        succeed(tracerl(tmp_path / name / "out", processes, devices, command(tmp_path / name, "run", *flags)))
+    same_samples(tmp_path / "two" / "run", tmp_path / "one" / "run")
+    same_metrics(tmp_path / "two" / "run", tmp_path / "one" / "run", 1e-4)
+    scores = [row["rewards"]["reward_model"] for row in intact_rows(tmp_path / "two" / "run" / "samples.jsonl")]
+    assert len(set(scores)) > 3
 
 
 MOMENTS = {
