@@ -1,12 +1,13 @@
 """A process that joins a job and does what its first argument says, without model or training."""
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
 
-from tracerl_jax.errors import ConfigError
-from tracerl_jax.parallel import distributed, peers, watchdog
+from tracerl_jax.errors import ConfigError, UserError
+from tracerl_jax.parallel import distributed, job, peers, watchdog
 from tracerl_jax.parallel.job import in_job, join
 from tracerl_jax.training.interrupt import StopSignal
 
@@ -76,6 +77,45 @@ def differ() -> None:
     peers.gather(0)
 
 
+def refuse() -> None:
+    """Process 2 finds a mistake of the user."""
+    join()
+    job.LEAD_SECONDS = 1.0
+    if distributed.process_index() == 2:
+        raise ConfigError("set it right")
+    peers.gather(0)
+
+
+def stick(heartbeat: str, folder: str) -> None:
+    """Process 1 keeps Python's lock: its watchdog cannot run either."""
+    join()
+    watchdog.configure(float(heartbeat), 600.0, {}, Path(folder))
+    peers.gather(0)
+    if distributed.process_index() == 1:
+        re.match("(a+)+$", "a" * 64 + "b")  # for centuries
+    peers.gather(0)
+
+
+def idle(folder: str) -> None:
+    """Process 1 does something that is part of no phase, for ever."""
+    join()
+    watchdog.configure(60.0, 3.0, {"update_policy": 600.0}, Path(folder))
+    with watchdog.phase("update_policy"):
+        peers.gather(0)
+        time.sleep(4)
+    if distributed.process_index() == 1:
+        while True:
+            time.sleep(1)
+    peers.gather(0)
+
+
+def run(name: str, *arguments: str) -> tuple[int, BaseException | None]:
+    try:
+        globals()[name](*arguments)
+    except UserError as error:
+        return error.status, error
+    return 0, None
+
+
 if __name__ == "__main__":
-    name, *arguments = sys.argv[1:]
-    sys.exit(in_job(lambda: (globals()[name](*arguments) or 0, None)))
+    sys.exit(in_job(lambda: run(*sys.argv[1:])))

@@ -1,8 +1,11 @@
 """Several processes train as one does, and refuse what cannot work; a dead one is noticed. (Longer ones: test_pods.)"""
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jobs
 import pytest
@@ -10,8 +13,9 @@ from jobs import Job, succeed, tracerl
 from tiny_runs import config_file, metric_rows, newest_checkpoint
 
 from tracerl_jax.errors import ConfigError, PeerError
-from tracerl_jax.parallel import distributed
+from tracerl_jax.parallel import distributed, facts
 from tracerl_jax.report.run_dir import intact_rows
+from tracerl_jax.training.interrupt import StopSignal
 
 PEER = str(Path(jobs.__file__).with_name("peer.py"))
 SMALL = {
@@ -121,3 +125,33 @@ def test_one_process_is_no_job(monkeypatch):
     for environment in (slurm, {"TRACERL_PROCESSES": "1"}, GOOD | {"TRACERL_PROCESSES": "1"}):
         distributed.start(environment)
         assert not distributed.is_job() and distributed.is_lead()
+
+
+def test_a_first_signal_behind_that_of_another_process_is_no_second_one():
+    with StopSignal() as stop:
+        stop.request("SIGTERM")  # of another process, told by the watchdog
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt, match="second SIGTERM"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+
+
+def test_all_of_the_code_counts_in_a_checkout_and_in_an_installed_package(tmp_path, monkeypatch):
+    def digest(package: Path, *path: Path) -> str:
+        place = SimpleNamespace(__file__=str(package / "__init__.py"), __path__=[str(package), *map(str, path)])
+        monkeypatch.setattr(facts, "tracerl_jax", place)
+        return facts.source_digest()
+
+    package = tmp_path / "tracerl_jax"
+    for folder in (package / "models", tmp_path / "kernels"):
+        folder.mkdir(parents=True)
+        (folder / "code.py").write_text("1")
+    before = digest(package, tmp_path)
+    (tmp_path / "kernels" / "code.py").write_text("2")
+    changed = digest(package, tmp_path)
+    assert changed != before
+    (tmp_path / "kernels").rename(package / "kernels")
+    installed = digest(package)
+    (package / "kernels" / "code.py").write_text("1")
+    assert digest(package) != installed

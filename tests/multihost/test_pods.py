@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from jobs import Job, succeed, tracerl
 from test_jobs import PEER, same_metrics, same_samples
+from test_reward_model import make_folder
 from tiny_runs import assert_same_run, config_file, metric_rows, saved_state
 
 from tracerl_jax.interop.hf_load import Safetensors
 from tracerl_jax.parallel.distributed import STATUS_PEER_LOST
+from tracerl_jax.report.run_dir import intact_rows
 
 pytestmark = pytest.mark.slow
 
@@ -89,6 +91,18 @@ def test_a_checkpoint_goes_on_with_other_meshes_and_other_numbers_of_processes(t
         succeed(tracerl(tmp_path / "out", processes, devices, command(tmp_path, "run", *flags)))
     same_samples(tmp_path / "run", one_process)
     same_metrics(tmp_path / "run", one_process, 1e-4)
+
+
+def test_a_reward_model_scores_the_samples_of_each_process(tmp_path):
+    """With a copy of it on the devices of each."""
+    model = make_folder(tmp_path / "judge", "qwen3")
+    flags = ["--config.task.rewards.reward_model=0.5", f"--config.reward.model.path={model}", "--config.rl.steps=2"]
+    for processes, devices, name in ((2, 2, "two"), (1, 4, "one")):
+        succeed(tracerl(tmp_path / name / "out", processes, devices, command(tmp_path / name, "run", *flags)))
+    same_samples(tmp_path / "two" / "run", tmp_path / "one" / "run")
+    same_metrics(tmp_path / "two" / "run", tmp_path / "one" / "run", 1e-4)
+    scores = [row["rewards"]["reward_model"] for row in intact_rows(tmp_path / "two" / "run" / "samples.jsonl")]
+    assert len(set(scores)) > 3
 
 
 MOMENTS = {
@@ -173,6 +187,50 @@ def test_a_process_that_fails_alone_takes_the_others_with_it(tmp_path):
         ended = job.wait()
     assert [process.status for process in ended] == [STATUS_PEER_LOST, 1]
     assert "process 1: ValueError: only here" in ended[0].output and "ValueError: only here" in ended[1].output
+
+
+def test_a_mistake_of_the_user_ends_all_with_its_status(tmp_path):
+    """Also those that have not heard of it when process 0 ends."""
+    with Job(tmp_path, 4, 1, [PEER, "refuse"]) as job:
+        ended = job.wait()
+    assert [process.status for process in ended] == [2] * 4, [process.output for process in ended]
+    assert all("set it right" in ended[i].output for i in (0, 1, 3))
+
+
+def test_a_process_that_holds_pythons_lock_is_ended(tmp_path):
+    with Job(tmp_path, 2, 1, [PEER, "stick", "6", str(tmp_path)]) as job:
+        ended = job.wait()
+    assert [process.status for process in ended] == [STATUS_PEER_LOST, 1]
+    assert "process 1 has given no sign of life for 6 s" in ended[0].output
+    assert "in stick" in ended[1].output  # where it was
+
+
+def test_what_hangs_between_phases_ends_the_job(tmp_path):
+    with Job(tmp_path, 2, 1, [PEER, "idle", str(tmp_path)]) as job:
+        ended = job.wait()
+    assert [process.status for process in ended] == [STATUS_PEER_LOST] * 2
+    assert any("phase between takes longer than 3 s" in process.output for process in ended)
+
+
+def test_a_checkpoint_that_one_process_cannot_read_is_set_aside_by_the_next_start(tmp_path):
+    """The others wait for it inside Orbax. Without checksums, so that only reading finds it."""
+    words = command(tmp_path, "run", "--config.mesh.data=1", "--config.mesh.fsdp=4")
+    succeed(tracerl(tmp_path / "out", 2, 2, words))
+    run, before = tmp_path / "run", tmp_path / "before"
+    shutil.copytree(run, before)
+    for result in ("hf", "report.html"):
+        shutil.rmtree(run / result) if (run / result).is_dir() else (run / result).unlink()
+    newest = max((run / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    (run / "checksums" / f"{newest.name}.json").unlink()
+    own = max((newest / "params" / "ocdbt.process_1" / "d").iterdir(), key=lambda path: path.stat().st_size)
+    own.write_bytes(own.read_bytes()[: own.stat().st_size // 2])
+    ended = tracerl(tmp_path / "out", 2, 2, words)
+    assert sorted(process.status for process in ended) == [1, STATUS_PEER_LOST], [p.output for p in ended]
+    assert any("the next start sets it aside" in process.output for process in ended)
+    ended = tracerl(tmp_path / "out", 2, 2, words)
+    succeed(ended)
+    assert "is damaged" in ended[0].output and (run / f"damaged-checkpoint-{newest.name}").is_dir()
+    assert_same_run(run, before)
 
 
 @pytest.mark.parametrize("victim", ["0", "2"])

@@ -16,6 +16,7 @@ from tracerl_jax.data.char_tokenizer import build_char_tokenizer
 from tracerl_jax.errors import CheckpointError, ConfigError, DataError
 from tracerl_jax.launch.cli import main
 from tracerl_jax.report.run_dir import intact_rows, read_json
+from tracerl_jax.training import run as run_module
 from tracerl_jax.training.checkpoint import Checkpointer
 from tracerl_jax.training.pipeline import train
 from tracerl_jax.training.run import Run
@@ -359,3 +360,20 @@ def test_a_disk_that_fills_up_while_saving_is_said_and_the_run_goes_on_later(
     os.unlink(small_disk / "filler")
     assert main(command) == 0
     assert_same_run(small_disk / "run", whole)
+
+
+def test_a_tokenizer_that_fails_costs_the_verdict_of_its_sample(tmp_path, monkeypatch, caplog):
+    original, calls = run_module.decode, []
+
+    def decode(tokenizer, ids):
+        calls.append(len(ids))
+        if len(calls) in (2, 12):  # 4 of the evaluation before, 8 of the rollout
+            raise OverflowError("this id is too large")
+        return original(tokenizer, ids)
+
+    monkeypatch.setattr(run_module, "decode", decode)
+    train(tiny(tmp_path, sft__steps=0, rl__steps=1, eval__every=0, report__samples_per_step=8))
+    assert caplog.text.count("the tokenizer failed on 1 of") == 2 and "this id is too large" in caplog.text
+    assert len(list(intact_rows(tmp_path / "run" / "samples.jsonl"))) == 7
+    results = read_json(tmp_path / "run" / "summary.json")["eval"]
+    assert [results[role]["dynamic"]["no_verdict"] for role in ("before", "after")] == [1, 0]

@@ -58,6 +58,7 @@ class _Watchdog:
         self._failing = threading.Lock()
         self._answered = self._moved = time.monotonic()
         self._last = ""  # counter of the next process
+        self.arm()
         for target in (self._beat, self._judge):
             threading.Thread(target=target, name=f"watchdog{target.__name__}", daemon=True).start()
 
@@ -68,14 +69,18 @@ class _Watchdog:
     def end(self) -> None:
         self._ended.set()
 
-    # What the store says. This thread may hang in a call: `_judge` looks at when it last got an answer. Where neither
-    # gets to run, since something holds Python's lock, a thread of C ends the process: the others have given it up.
+    def arm(self) -> None:
+        """Has a thread of C end the process if none of Python's gets to run for long, since something holds their lock:
+        the others have given it up by then."""
+        faulthandler.dump_traceback_later(2 * self.heartbeat + 5, exit=True, file=sys.__stderr__)
+
+    # What the store says. This thread may hang in a call: `_judge` looks at when it last got an answer.
 
     def _beat(self) -> None:
         beat = 0
         while not self._ended.wait(self.tick):
             beat += 1
-            faulthandler.dump_traceback_later(2 * self.heartbeat + 5, exit=True, file=sys.__stderr__)
+            self.arm()
             with contextlib.suppress(RuntimeError):  # the store is gone, or has not heard of the next one yet
                 self.client.key_value_set(f"tracerl/beat/{self.index}", str(beat), allow_overwrite=True)
                 self._answered = time.monotonic()
@@ -181,6 +186,7 @@ def configure(heartbeat: float, default_limit: float, limits: Mapping[str, float
     if _watchdog is not None:
         _watchdog.heartbeat, _watchdog.default_limit, _watchdog.limits = heartbeat, default_limit, dict(limits)
         _watchdog.folder = folder
+        _watchdog.arm()
 
 
 def listen(stoppable: Stoppable) -> None:
