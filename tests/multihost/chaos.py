@@ -249,7 +249,7 @@ def disk(job: Job, draw: random.Random, reference: Reference) -> tuple[str, bool
     filler.unlink()
     if status == 0:
         raise TooLate
-    said = "full" in job.log.read_text()
+    said = any(word in job.log.read_text() for word in ("full", "No space left"))
     return f"{moment}, status {status}{'' if said else ', BUT NOT SAID WHY'}", False
 
 
