@@ -107,6 +107,8 @@ NOTATIONS = {
     "mesh['a'=8] {'a':(1)2}": ("data", 2),
     "mesh['a'=8] {'a':(2)4}": ("fsdp", 4),
     "mesh['a'=8] {'a':(2)2}": ("fsdp", 2),
+    "mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}": ("data", 2),
+    "mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}": ("fsdp", 4),
 }
 
 

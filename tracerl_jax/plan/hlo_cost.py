@@ -227,27 +227,36 @@ def _first_group(attributes: str, devices: int) -> list[int]:
 
     {{0,1},{2,3}}               listed; {} is one group of all
     [2,2]<=[2,2]T(1,0)          iota, reshaped, transposed, cut into 2 groups of 2
-    mesh['a'=2,'b'=2] {'b'}     devices of a mesh that differ along 'b', or along a part 'b':(1)2 of it
+    mesh['a'=2,'b'=2] {'b'}     devices of a mesh that differ along 'b', or along a part 'b':(1)2 of it; between the
+                                two may stand the order of the devices in the mesh: , device_ids=([2,2]T(1,0))
     """
     text = attributes.partition("replica_groups=")[2]
     if match := re.match(r"\{\{([\d,]+)\}", text):
         return [int(n) for n in match[1].split(",")]
     if match := re.match(r"\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape = [int(n) for n in match[2].split(",")]
-        order = [int(n) for n in match[3].split(",")] if match[3] else range(len(shape))
-        strides = _strides(shape)
-        return _span([(shape[axis], strides[axis]) for axis in order])[: int(match[1])]
-    if match := re.match(r"mesh\[((?:'\w+'=\d+,?)+)\] \{([^}]*)\}", text):
+        return _iota(match[2], match[3])[: int(match[1])]
+    if match := re.match(
+        r"mesh\[((?:'\w+'=\d+,?)+)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", text
+    ):
         sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", match[1])}
         strides = dict(zip(sizes, _strides(list(sizes.values())), strict=True))
         digits = []
-        for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", match[2]):
+        for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", match[4]):
             size = int(size or sizes[name])
             digits.append((size, strides[name] * sizes[name] // (int(before or 1) * size)))
-        return _span(digits)
+        devices_of_mesh = _iota(match[2], match[3]) if match[2] else range(math.prod(sizes.values()))
+        return [devices_of_mesh[position] for position in _span(digits)]
     if not text or text.startswith("{}"):
         return list(range(devices))
     raise ValueError(f"unknown notation of replica groups: {text[:80]}")
+
+
+def _iota(shape: str, order: str | None) -> list[int]:
+    """Of "2,3": the numbers from 0 to 5 in two rows of three; of the axes in another order "1,0": 0, 3, 1, 4, 2, 5."""
+    sizes = [int(n) for n in shape.split(",")]
+    axes = [int(n) for n in order.split(",")] if order else range(len(sizes))
+    strides = _strides(sizes)
+    return _span([(sizes[axis], strides[axis]) for axis in axes])
 
 
 def _strides(shape: Sequence[int]) -> list[int]:
