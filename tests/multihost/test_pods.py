@@ -13,8 +13,8 @@ import jobs
 import numpy as np
 import pytest
 from jobs import Job, succeed, tracerl
+from reward_model_utils import make_folder
 from test_jobs import PEER, same_metrics, same_samples
-from test_reward_model import make_folder
 from tiny_runs import assert_same_run, config_file, metric_rows, saved_state
 
 from tracerl_jax.interop.hf_load import Safetensors
