@@ -110,7 +110,7 @@ def _main() -> int:
     import jax
     import tiny_runs
 
-    tiny_runs.PRESETS["one_layer"] = tiny_runs.PRESETS["tiny_run"].replace(num_layers=1)
+    tiny_runs.PRESETS["one_layer"] = tiny_runs.PRESETS["tiny_run"].replace(num_layers=1, num_kv_heads=2)
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_compilation_cache_dir", os.environ["TEST_COMPILED"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -30,11 +30,11 @@ def same_samples(run: Path, other: Path) -> None:
     assert mine == others and mine
 
 
-def same_metrics(run: Path, other: Path, tolerance: float = 1e-5) -> None:
+def same_metrics(run: Path, other: Path, tolerance: float = 1e-5, without: tuple[str, ...] = ()) -> None:
     mine, others = metric_rows(run), metric_rows(other)
     assert [(row["phase"], row["step"]) for row in mine] == [(row["phase"], row["step"]) for row in others]
     for row, expected in zip(mine, others, strict=True):
-        numbers = {name: value for name, value in expected.items() if name not in ("phase", "step")}
+        numbers = {name: value for name, value in expected.items() if name not in ("phase", "step", *without)}
         close = pytest.approx(numbers, rel=tolerance, abs=tolerance, nan_ok=True)
         assert {name: row[name] for name in numbers} == close
 

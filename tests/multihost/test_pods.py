@@ -28,6 +28,8 @@ WHOLE = {
     "rl__minibatches": 2, "eval__every": 1, "checkpoint__every": 1, "faults__heartbeat": 30.0,
 }  # fmt: skip
 
+OF_DEVICES = ("replay/packing_efficiency",)  # metrics that depend on their number: rows are filled up
+
 
 def command(folder: Path, name: str, *flags: str) -> list[str]:
     folder.mkdir(exist_ok=True)
@@ -70,7 +72,7 @@ def test_meshes_over_processes_agree(tmp_path, one_process, mesh):
     flags = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()] + ["--config.rollout.tensor=1"]
     succeed(tracerl(tmp_path / "out", 2, 2, command(tmp_path, "run", *flags)))
     same_samples(tmp_path / "run", one_process)
-    same_metrics(tmp_path / "run", one_process, 1e-4)
+    same_metrics(tmp_path / "run", one_process, 1e-4, OF_DEVICES)
 
 
 def test_decoding_shares_a_copy_inside_a_process_only(tmp_path, one_process):
@@ -90,7 +92,7 @@ def test_a_checkpoint_goes_on_with_other_meshes_and_other_numbers_of_processes(t
     for processes, devices, flags in layouts:
         succeed(tracerl(tmp_path / "out", processes, devices, command(tmp_path, "run", *flags)))
     same_samples(tmp_path / "run", one_process)
-    same_metrics(tmp_path / "run", one_process, 1e-4)
+    same_metrics(tmp_path / "run", one_process, 1e-4, OF_DEVICES)
 
 
 def test_a_reward_model_scores_the_samples_of_each_process(tmp_path):

@@ -62,7 +62,7 @@ def replicas(tree: Any, shardings: Any) -> Any:
     through the host. Each process gets all of every array."""
 
     def place(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
-        alike = jax.device_put(leaf, NamedSharding(_of_all_processes(leaf.sharding.mesh, sharding.mesh), sharding.spec))
+        alike = jax.device_put(leaf, NamedSharding(of_all_processes(leaf.sharding.mesh, sharding.mesh), sharding.spec))
         shards = {shard.device: shard.data for shard in alike.addressable_shards}
         local = [shards[device] for device in sharding.mesh.devices.flat]
         return jax.make_array_from_single_device_arrays(leaf.shape, sharding, local)
@@ -71,7 +71,7 @@ def replicas(tree: Any, shardings: Any) -> Any:
 
 
 @functools.cache
-def _of_all_processes(mesh: Mesh, local: Mesh) -> Mesh:
+def of_all_processes(mesh: Mesh, local: Mesh) -> Mesh:
     """The local meshes of all processes, side by side along the data axis."""
     devices = sorted(mesh.devices.flat, key=lambda device: device.process_index)  # stable: as in each local mesh
     shape = np.array(local.devices.shape) * (distributed.process_count(), 1, 1)

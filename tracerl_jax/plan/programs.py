@@ -39,7 +39,7 @@ from tracerl_jax.rl.update import Learner
 from tracerl_jax.rollout.canvas import Program as CanvasProgram
 from tracerl_jax.rollout.decode import Program
 from tracerl_jax.rollout.engine import Engine, Request
-from tracerl_jax.rollout.weights import abstract_rollout_params, convert, needs_copy, rollout_model, snapshot
+from tracerl_jax.rollout.weights import abstract_rollout_params, conversion, needs_copy, rollout_model
 from tracerl_jax.training.run import check_canvas, engine_config, rollout_options
 from tracerl_jax.training.step import sharded_abstract_params
 
@@ -161,11 +161,11 @@ def _rollout_programs(
         resident |= {"rollout weights": weights, "rollout cache": state}
         kept = {"prefill": (weights, state.cache), "decode": (weights, state)}
         # What it makes takes the place of the weights before.
-        sync = [PlannedProgram("sync", snapshot.trace(model, policy), mesh, 1, (policy, weights))]
+        sync = [PlannedProgram("sync", conversion(model, own=True).trace(policy), mesh, 1, (policy, weights))]
     else:
         copied = needs_copy(model, policy)
         kept = dict.fromkeys(("prefill", "decode"), () if copied else policy)
-        sync = [PlannedProgram("sync", convert.trace(model, policy), mesh, 1, policy)] if copied else []
+        sync = [PlannedProgram("sync", conversion(model).trace(policy), mesh, 1, policy)] if copied else []
     full = model.config.attention_mode == "full"
     if full:
         check_canvas(config, config.task.max_prompt_tokens)

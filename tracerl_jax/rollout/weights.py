@@ -17,14 +17,14 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tracerl_jax.errors import ConfigError
 from tracerl_jax.models import Model
 from tracerl_jax.models.decoder import Params
 from tracerl_jax.parallel.distributed import is_job
 from tracerl_jax.parallel.mesh import AXES
-from tracerl_jax.parallel.place import local_mesh, replicas
+from tracerl_jax.parallel.place import local_mesh, of_all_processes, replicas
 from tracerl_jax.parallel.sharding import param_shardings
 
 
@@ -51,10 +51,13 @@ def rollout_params(model: Model, params: Params, own: bool = False) -> Params:
     `own`: in arrays of their own, for decoding while updates that donate `params` run.
     """
     if is_job() and not jax.tree.leaves(params)[0].is_fully_addressable:  # of the training mesh
-        return replicas(cast(model, params), param_shardings(model, model.mesh))
-    if own:
-        return snapshot(model, params)
-    return convert(model, params) if needs_copy(model, params) else params
+        training = jax.tree.leaves(params)[0].sharding.mesh
+        everybody = of_all_processes(training, model.mesh)
+        # A program needs its devices in one order. On TPUs that of the training mesh may be another one.
+        in_order = list(everybody.devices.flat) == list(training.devices.flat)
+        make = conversion(dataclasses.replace(model, mesh=everybody)) if in_order else functools.partial(cast, model)
+        return replicas(make(params), param_shardings(model, model.mesh))
+    return conversion(model, own)(params) if own or needs_copy(model, params) else params
 
 
 def needs_copy(model: Model, params: Params) -> bool:
@@ -91,15 +94,25 @@ def cast(model: Model, params: Params) -> Params:
     return model.in_compute_dtype(params)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def convert(model: Model, params: Params) -> Params:
-    params = model.in_compute_dtype(params)
-    if model.mesh is None:
-        return params
-    return jax.lax.with_sharding_constraint(params, param_shardings(model, model.mesh))
+@functools.cache
+def conversion(model: Model, own: bool = False) -> jax.stages.Wrapped:
+    """The program of `rollout_params` for one process.
 
+    Layer by layer: where the compiler knows no short way from one layout to the other, it makes a whole copy of what it
+    moves, on every device.
+    """
+    shardings = None if model.mesh is None else param_shardings(model, model.mesh)
 
-@functools.partial(jax.jit, static_argnums=0)
-def snapshot(model: Model, params: Params) -> Params:
-    # jit gives back arguments that it returns as they are, `convert` those of the right dtype: hence the copy.
-    return jax.tree.map(jnp.copy, convert(model, params))
+    def place(layer: Params) -> Params:
+        layer = model.in_compute_dtype(layer)
+        if shardings is None:
+            return layer
+        one = jax.tree.map(lambda whole: NamedSharding(whole.mesh, PartitionSpec(*whole.spec[1:])), shardings["layers"])
+        return jax.lax.with_sharding_constraint(layer, one)
+
+    def convert(params: Params) -> Params:
+        converted = model.in_compute_dtype(params) | {"layers": jax.lax.map(place, params["layers"])}
+        # jit gives back arguments that it returns as they are: hence the copy.
+        return jax.tree.map(jnp.copy, converted) if own else converted
+
+    return jax.jit(convert, out_shardings=shardings)
