@@ -97,6 +97,11 @@ def test_devices(name):
     assert jax.default_backend() == "cpu"
 
 
+def test_an_axis_may_be_part_of_a_line_of_chips():
+    mesh = make_mesh(2, 32, devices=compile_devices(parse_topology("v5p:4x4x4")))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 32, "tensor": 1}
+
+
 def test_a_mesh_that_the_chips_do_not_fill():
     if COMPILERS["tpu"]:
         pytest.skip(COMPILERS["tpu"])

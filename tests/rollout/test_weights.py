@@ -10,7 +10,7 @@ from tracerl_jax.errors import ConfigError
 from tracerl_jax.models import Model
 from tracerl_jax.parallel.mesh import make_mesh
 from tracerl_jax.parallel.sharding import param_shardings
-from tracerl_jax.rollout.weights import needs_copy, rollout_model, rollout_params
+from tracerl_jax.rollout.weights import conversion, needs_copy, rollout_model, rollout_params, weight_bytes
 
 MOE = {"num_experts": 4, "experts_per_token": 2, "expert_width": 16}
 
@@ -49,6 +49,23 @@ def test_each_copy_is_whole_but_for_the_tensor_axis():
     assert dict(rollout_model(model, 1).mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}
     with_experts = Model(golden.config, mesh=make_mesh(1, 2, 2, expert=2))
     assert rollout_model(with_experts).mesh == decoder.mesh
+
+
+def test_no_device_holds_a_whole_mixture_while_its_layout_changes():
+    """From experts over fsdp x expert to their widths over tensor, a way that the compiler takes by a whole copy."""
+    config = load_golden("sdar_tiny").config.replace(
+        num_layers=8, num_experts=8, experts_per_token=2, expert_width=256, num_kv_heads=4, num_heads=4
+    )
+    model = Model(config, mesh=make_mesh(1, 2, 1, expert=4))
+    params = jax.jit(model.init, out_shardings=param_shardings(model, model.mesh))(jax.random.key(0))
+    decoder = rollout_model(model, 4)
+    copy = rollout_params(decoder, params)
+    assert not needs_copy(decoder, copy)
+    jax.tree.map(np.testing.assert_array_equal, copy, params)
+    kernel = params["layers"]["moe"]["up_proj"]
+    used = conversion(decoder).lower(params).compile().memory_analysis()
+    assert used.output_size_in_bytes < weight_bytes(decoder) / 8 + 4096
+    assert used.temp_size_in_bytes < kernel.nbytes
 
 
 def test_nothing_is_copied_where_nothing_differs():

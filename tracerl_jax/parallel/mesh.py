@@ -56,15 +56,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, expert: int = 1, s
                           f"is {count}, or set one of them to -1.")
     types = (AxisType.Auto,) * len(sizes)
     slices = _reported_slices(devices) if slices is None else slices
-    if slices == 1:
-        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
     if sizes["data"] % slices:
         raise ConfigError(f"mesh ({asked}) over {slices} slices: data is {sizes['data']}, but each slice holds whole "
                           f"replicas of the weights; set mesh.data to a multiple of {slices} (or -1) and the others "
                           f"so that their product is at most {count // slices}, the devices of a slice.")
     inner = (sizes["data"] // slices, *list(sizes.values())[1:])
-    grids = [mesh_utils.create_device_mesh(inner, group, allow_split_physical_axes=True)
-             for group in slice_groups(devices, slices)]  # fmt: skip
+    groups = [devices] if slices == 1 else slice_groups(devices, slices)
+    grids = [mesh_utils.create_device_mesh(inner, group, allow_split_physical_axes=True) for group in groups]
     return Mesh(np.concatenate(grids), tuple(sizes), axis_types=types)
 
 
