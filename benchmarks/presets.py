@@ -36,6 +36,8 @@ ROWS = [
     ("rl_sdar_8b_math", "v5p:4x4x4", ()),
     ("rl_sdar_30b_a3b_math", "v5p:2x4x4", ()),
     ("rl_sdar_30b_a3b_math", "h100:64", ()),
+    ("rl_sdar_30b_a3b_math", "h100:64", ("mesh.fsdp=8", "mesh.expert=8")),
+    ("rl_sdar_30b_a3b_math", "v5p:2x4x4", ("mesh.fsdp=4", "mesh.expert=8")),
     ("rl_dream_7b_math", "h100:8", ()),
     ("rl_dream_7b_math", "v5p:2x2x2", ()),
     ("rl_llada_8b_math", "h100:8", ()),
