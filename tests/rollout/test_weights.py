@@ -54,7 +54,7 @@ def test_each_copy_is_whole_but_for_the_tensor_axis():
 def test_no_device_holds_a_whole_mixture_while_its_layout_changes():
     """From experts over fsdp x expert to their widths over tensor, a way that the compiler takes by a whole copy."""
     config = load_golden("sdar_tiny").config.replace(
-        num_layers=8, num_experts=8, experts_per_token=2, expert_width=256, num_kv_heads=4, num_heads=4
+        num_layers=32, num_experts=8, experts_per_token=2, expert_width=256, num_kv_heads=4, num_heads=4
     )
     model = Model(config, mesh=make_mesh(1, 2, 1, expert=4))
     params = jax.jit(model.init, out_shardings=param_shardings(model, model.mesh))(jax.random.key(0))
@@ -65,7 +65,7 @@ def test_no_device_holds_a_whole_mixture_while_its_layout_changes():
     kernel = params["layers"]["moe"]["up_proj"]
     used = conversion(decoder).lower(params).compile().memory_analysis()
     assert used.output_size_in_bytes < weight_bytes(decoder) / 8 + 4096
-    assert used.temp_size_in_bytes < kernel.nbytes
+    assert used.temp_size_in_bytes < kernel.nbytes / 4
 
 
 def test_nothing_is_copied_where_nothing_differs():
