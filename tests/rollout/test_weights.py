@@ -65,7 +65,7 @@ def test_no_device_holds_a_whole_mixture_while_its_layout_changes():
     kernel = params["layers"]["moe"]["up_proj"]
     used = conversion(decoder).lower(params).compile().memory_analysis()
     assert used.output_size_in_bytes < weight_bytes(decoder) / 8 + 4096
-    assert used.temp_size_in_bytes < kernel.nbytes / 4
+    assert used.temp_size_in_bytes < kernel.nbytes / 2
 
 
 def test_nothing_is_copied_where_nothing_differs():
