@@ -3,6 +3,7 @@
 python jobs.py COMMAND..       tracerl COMMAND.. with the rewards and presets of tiny_runs, compiled quickly
 
 TEST_SPOIL=i                   process i finds a NaN in its part of the first policy update's advantages
+TEST_UNREADABLE=i               process i cannot read its part of a checkpoint
 TEST_DIE=module:function:n     it kills itself behind that call of the function, which may be a method: Class.method
 TEST_STOP=module:function:n    the same with SIGTERM to itself; TEST_FREEZE: with SIGSTOP
 TEST_PROCESS=i                 of the process that the three above are for
@@ -106,6 +107,15 @@ def _spoil() -> None:
     step.put = spoiling
 
 
+def _lose_sight() -> None:
+    from tracerl_jax.training.checkpoint import Checkpointer
+
+    def read(self, step, abstract):
+        raise ValueError("a chunk of my part is missing")
+
+    Checkpointer._read = read
+
+
 def _main() -> int:
     import jax
     import tiny_runs
@@ -118,6 +128,8 @@ def _main() -> int:
     process = os.environ.get("TRACERL_PROCESS_ID")
     if os.environ.get("TEST_SPOIL") == process:
         _spoil()
+    if os.environ.get("TEST_UNREADABLE") == process:
+        _lose_sight()
     signals = {"TEST_DIE": signal.SIGKILL, "TEST_STOP": signal.SIGTERM, "TEST_FREEZE": signal.SIGSTOP}
     for variable, number in signals.items():
         if variable in os.environ and os.environ["TEST_PROCESS"] == process:
