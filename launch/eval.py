@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -103,7 +104,8 @@ def run(args: argparse.Namespace) -> int:
 
     _require_positive(args, "max_tokens", "max_prompt_tokens", "slots")
     config = _config(args)
-    limit_phases(config, Path(args.output) if args.output else None)
+    # Between chunks of decoding answers are judged, and other processes waited for: as long as it takes.
+    limit_phases(config, Path(args.output) if args.output else None, between=math.inf)
     check_alike({**to_dict(config), "flags": vars(args)})
     settings.configure(config.reward)
     samples = _per_task(args, "samples", config.eval.samples_per_prompt, _positive)

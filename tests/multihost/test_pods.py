@@ -212,6 +212,7 @@ def test_what_hangs_between_phases_ends_the_job(tmp_path):
         ended = job.wait()
     assert [process.status for process in ended] == [STATUS_PEER_LOST] * 2
     assert any("phase between takes longer than 3 s" in process.output for process in ended)
+    assert all("the time of a phase is not between phases" in process.output for process in ended)
 
 
 def test_a_checkpoint_that_one_process_cannot_read_is_set_aside_by_the_next_start(tmp_path, undisturbed):

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from judge_utils import HANG_UP, completion, serving
 
 from tracerl_jax.config_rewards import JudgeSection
 from tracerl_jax.errors import ConfigError, UserError
-from tracerl_jax.rewards import check_row, score, start_rewards
+from tracerl_jax.parallel import distributed
+from tracerl_jax.rewards import check_row, judge_client, score, start_rewards
 
 ROWS = [{"question": "1+1=", "ground_truth_answer": "2"}] * 99
 
@@ -277,3 +279,25 @@ def test_without_steps_a_completion_is_one(judged):
     with serving(right) as server:
         result = judged(server.url, ["1\n2"], reward="judge_steps", step_prompt="{before}|{step}")
     assert result.steps == [((3, 1.0),)] and server.questions == ["|1\n2"]
+
+
+def test_processes_of_a_job_write_a_cache_each_and_offline_all_are_read(judged, configure, monkeypatch):
+    texts = []
+    for process in (0, 2):
+        monkeypatch.setattr(distributed, "process_index", lambda process=process: process)
+        with serving(right) as server:
+            online = judged(server.url, [f"{process}"])
+            texts.append(online.total[0])
+    cache = Path(judged.settings("")["cache"])
+    assert cache.exists() and cache.with_suffix(f".process-2{cache.suffix}").exists()
+    offline = judged("", ["2", "0", "new"], offline=True)
+    np.testing.assert_array_equal(offline.total, [texts[1], texts[0], np.nan])
+    cache.unlink()
+    configure(judge=judged.settings("", offline=True))
+    start_rewards(["judge"])  # of a host that has only its own
+
+
+def test_processes_of_a_job_share_the_limits(monkeypatch):
+    monkeypatch.setattr(judge_client, "process_count", lambda: 8)
+    assert judge_client.share_of(JudgeSection(concurrency=16)) == 2
+    assert judge_client.share_of(JudgeSection(concurrency=4)) == 1

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tracerl_jax.errors import CheckpointError, in_one_line
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+Text = TypeVar("Text")
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "*.tiktoken")
 _MASK_TOKENS = ("<|MASK|>", "<|mask|>", "<MASK>", "<mask>", "[MASK]", "<|mdm_mask|>")  # the last: LLaDA
@@ -95,10 +97,10 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
     return tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def decode_each(decode: Callable[[Any], str], each: Sequence[Any]) -> list[str | None]:
-    """The text of each sequence of ids; None, and one warning for all, where `decode` fails: what a tokenizer cannot
-    take must not end a run."""
-    texts: list[str | None] = []
+def decode_each(decode: Callable[[Any], Text], each: Sequence[Any]) -> list[Text | None]:
+    """`decode` of each; None, and one warning for all, where it fails: what a tokenizer cannot take must not end a
+    run."""
+    texts: list[Text | None] = []
     errors = []
     for ids in each:
         try:

@@ -67,13 +67,13 @@ def _fail(error: Exception) -> None:
     from tracerl_jax.parallel import distributed, watchdog
 
     status = STATUS_FAILED
-    if _is_consequence(error):
+    if is_consequence(error):
         watchdog.await_verdict()
         status = watchdog.STATUS_PEER_LOST  # nobody is dead: a connection broke
     distributed.give_up(status, in_one_line(error))
 
 
-def _is_consequence(error: BaseException | None) -> bool:
+def is_consequence(error: BaseException | None) -> bool:
     """Whether the error may come from a collective that another process has left: XLA's errors begin with a status and
     are of several types."""
     while error is not None:

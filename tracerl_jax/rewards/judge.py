@@ -33,7 +33,7 @@ def start() -> None:
     UnavailableError for a judge that does not answer now."""
     section = settings.current().judge
     if section.offline:
-        if not Path(section.cache).is_file():
+        if not _cache_files(section):
             raise ConfigError(
                 f"reward.judge.offline answers from reward.judge.cache={section.cache}, and there is no such file: "
                 "name that of a run with the judge, or set reward.judge.offline=false"
@@ -41,7 +41,7 @@ def start() -> None:
     for key in () if section.offline else ("url", "model"):
         if not getattr(section, key):
             raise ConfigError(f"the rewards judge and judge_steps need reward.judge.{key}: set it")
-    with open_cache(_cache_file(section)):
+    with open_cache(*_cache_files(section)):
         pass  # for its ConfigError
     if section.offline:
         return
@@ -58,14 +58,19 @@ def start() -> None:
         )
 
 
-def _cache_file(section: JudgeSection) -> str | None:
-    """`cache`; but what process i > 0 of a job asks goes to NAME.process-i.SUFFIX: hosts cannot share a sqlite file."""
-    if section.offline or section.cache is None:
-        return section.cache
+def _cache_files(section: JudgeSection) -> list[str | None]:
+    """Those to read from, the first also to write to. What process i > 0 of a job asks goes to NAME.process-i.SUFFIX,
+    since hosts cannot share a sqlite file; offline, when nobody writes, all that are there are read."""
+    if section.cache is None:
+        return [None]
+    path = Path(section.cache)
+    if section.offline:
+        every = (path, *sorted(path.parent.glob(f"{path.stem}.process-*{path.suffix}")))
+        return [str(file) for file in every if file.is_file()]
     from tracerl_jax.parallel.distributed import process_index  # jax, which worker processes of other rewards spare
 
-    path, index = Path(section.cache), process_index()
-    return str(path.with_suffix(f".process-{index}{path.suffix}")) if index else section.cache
+    index = process_index()
+    return [str(path.with_suffix(f".process-{index}{path.suffix}")) if index else section.cache]
 
 
 def _check(template: str, row: Mapping[str, object]) -> str:
@@ -130,7 +135,7 @@ def _ask_about(texts: Sequence[str | Failure]) -> list[Verdict]:
     begin = time.perf_counter()
     bodies = {text: _body(section, text) for text in texts if isinstance(text, str)}
     keys = {(text, vote): request_key(body, vote) for text, body in bodies.items() for vote in range(section.votes)}
-    with open_cache(_cache_file(section)) as cache:
+    with open_cache(*_cache_files(section)) as cache:
         answers: dict[tuple[str, int], Answer | Failure | None] = {
             question: cache.get(key) for question, key in keys.items()
         }

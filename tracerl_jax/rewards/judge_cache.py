@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +18,37 @@ log = logging.getLogger(__name__)
 class AnswerCache:
     """Answers by what was asked. Several processes may use the file at once; a kill loses no answer that was kept."""
 
-    def __init__(self, connection: sqlite3.Connection):
-        self._connection = connection
+    def __init__(self, connections: Sequence[sqlite3.Connection]):
+        self._connections = connections
 
     def get(self, key: str) -> Answer | None:
-        row = self._connection.execute("SELECT text, cut FROM answers WHERE key = ?", (key,)).fetchone()
-        return None if row is None else Answer(row[0], bool(row[1]))
+        for connection in self._connections:
+            row = connection.execute("SELECT text, cut FROM answers WHERE key = ?", (key,)).fetchone()
+            if row is not None:
+                return Answer(row[0], bool(row[1]))
+        return None
 
     def put(self, key: str, answer: Answer) -> None:
         """A full disk costs the cached answer, not the verdict."""
         try:
-            self._connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", (key, answer.text, answer.cut))
+            values = (key, answer.text, answer.cut)
+            self._connections[0].execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", values)
         except sqlite3.Error as error:
             log.warning("judge: an answer could not be kept in the cache: %s", error)
 
 
 @contextlib.contextmanager
-def open_cache(path: str | None) -> Iterator[AnswerCache]:
-    """The cache in file `path`, made when it is not there; without a path one that ends with the block.
+def open_cache(*paths: str | None) -> Iterator[AnswerCache]:
+    """The cache in these files, made when they are not there; answers are put into the first. None: one that ends with
+    the block.
 
     Raises ConfigError for a file that cannot be used.
     """
+    with contextlib.ExitStack() as stack:
+        yield AnswerCache([stack.enter_context(contextlib.closing(_connect(path))) for path in paths])
+
+
+def _connect(path: str | None) -> sqlite3.Connection:
     try:
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -51,8 +61,7 @@ def open_cache(path: str | None) -> Iterator[AnswerCache]:
         raise ConfigError(
             f"reward.judge.cache={path}: cannot be used as a sqlite file ({error}); name another file, on a local disk"
         ) from error
-    with contextlib.closing(connection):
-        yield AnswerCache(connection)
+    return connection
 
 
 def request_key(body: Mapping[str, Any], vote: int) -> str:

@@ -14,6 +14,7 @@ from tracerl_jax.errors import ConfigError
 from tracerl_jax.parallel.distributed import process_count
 from tracerl_jax.rewards.judge_text import Answer, Failure
 
+ENOUGH_FAILURES = 4  # in a row, for a process that may ask less at a time
 MAX_WAIT = 60.0  # seconds, between two tries
 _RETRIED = {408, 409, 425, 429, *range(500, 600)}
 _OUT_OF_ORDER = {401, 403, 404}  # whatever is asked
@@ -89,7 +90,7 @@ class _Server:
 
     async def ask(self, body: Body) -> Answer | Failure:
         async with self._places:
-            if self._failed_in_a_row >= self._share:
+            if self._failed_in_a_row >= max(self._share, min(ENOUGH_FAILURES, self._section.concurrency)):
                 return Failure(f"not asked, after {self._failed_in_a_row} failures in a row")
             answer, counts = await self._persist(body)
             self._failed_in_a_row = self._failed_in_a_row + 1 if counts else 0

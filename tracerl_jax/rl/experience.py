@@ -59,13 +59,17 @@ def judge(
         process: where steps end, for rewards of steps.
         pieces: response ids to the text of each, which join to what `decode` gives.
     """
-    decoded = decode_each(decode, [trace.ids for trace in traces])
-    texts = [text if text is None else owner.prefix + text for owner, text in zip(problems, decoded, strict=True)]
+    of_steps = rewards_of_steps(rewards)
+
+    def read(ids: np.ndarray) -> tuple[str, list[int]]:
+        return decode(ids), [len(piece) for piece in pieces(ids)] if of_steps else []
+
+    decoded = decode_each(read, [trace.ids for trace in traces])
+    texts = [None if found is None else p.prefix + found[0] for p, found in zip(problems, decoded, strict=True)]
     token_ends = ends = None
-    if rewards_of_steps(rewards):
+    if of_steps:
         token_ends = [
-            len(owner.prefix) + np.cumsum([len(piece) for piece in (() if text is None else pieces(trace.ids))])
-            for owner, trace, text in zip(problems, traces, texts, strict=True)
+            len(p.prefix) + np.cumsum(found[1] if found else []) for p, found in zip(problems, decoded, strict=True)
         ]
         ends = [step_ends(text or "", of_tokens, process) for text, of_tokens in zip(texts, token_ends, strict=True)]
     result = score(rewards, [p.prompt_text for p in problems], texts, [p.columns for p in problems], ends)

@@ -2,13 +2,15 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from tracerl_jax.config import RunConfig
 from tracerl_jax.data.curriculum import open_iterator
+from tracerl_jax.interop.tokenizer import decode_each
 from tracerl_jax.models import Model
 from tracerl_jax.parallel.peers import own_share
 from tracerl_jax.report.flops import FORWARD, TRAINED, replay_work
@@ -276,20 +278,24 @@ def value_metrics(config: RunConfig, results: Sequence[UpdateResult], learner: L
 
 
 def write_samples(run: Run, samples: Sequence[Sample], step: int) -> None:
-    """The first samples of the step, from as many groups as possible, but for those without text."""
+    """The first samples of the step, from as many groups as possible, but for those that the tokenizer cannot take."""
     section = run.config.rollout
     limit = run.config.report.samples_per_step
     spread = sorted(range(len(samples)), key=lambda i: (i % section.samples_per_prompt, i))[:limit]
-    run.folder.append_samples(
-        sample_row(
+
+    def row(sample: Sample) -> dict[str, Any]:
+        return sample_row(
             sample.trace, step=step, phase="rl", prompt=sample.problem.prompt_text, text=sample.text,
             reward=_known(sample.reward), rewards={k: _known(v) for k, v in sample.rewards.items()},
             accuracy=_known(sample.correct), ground_truth=sample.problem.columns.get("ground_truth_answer"),
             steps=sample.steps, tokenizer=run.tokenizer,
-        )
-        for sample in (samples[i] for i in sorted(spread))
-        if sample.text is not None
-    )  # fmt: skip
+        )  # fmt: skip
+
+    def rows() -> Iterator[dict[str, Any]]:  # which only process 0 of a job goes through
+        chosen = [samples[i] for i in sorted(spread) if samples[i].text is not None]
+        yield from (found for found in decode_each(row, chosen) if found is not None)
+
+    run.folder.append_samples(rows())
 
 
 def _known(value: float) -> float | None:

@@ -35,7 +35,8 @@ from tracerl_jax.config import CheckpointSection
 from tracerl_jax.errors import CheckpointError, UserError, in_one_line
 from tracerl_jax.files import write_json
 from tracerl_jax.parallel import watchdog
-from tracerl_jax.parallel.distributed import is_job, is_lead
+from tracerl_jax.parallel.distributed import is_job, is_lead, process_index
+from tracerl_jax.parallel.job import is_consequence
 from tracerl_jax.parallel.peers import from_lead, gather, own_share
 from tracerl_jax.training.interrupt import Interrupted
 
@@ -66,6 +67,7 @@ class Checkpointer:
         self._manager = self._open_manager()
         self._unsealed: list[int] = [s for s in self._manager.all_steps() if not self._seal_path(s).exists()]
         self._sealer: threading.Thread | None = None
+        self._leaving = threading.Event()  # the sealer has no time left
 
     def _open_manager(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(self._folder, options=self._options, item_names=TREES + DOCUMENTS)
@@ -108,12 +110,15 @@ class Checkpointer:
         permissions, another model), and when there are or were checkpoints and none of them is whole.
         """
         damaged: dict[int, str] = {}
-        for step in self._steps():
-            is_sealed, problem = self._verify(step)
+        steps = self._steps()
+        for step in steps:
+            is_sealed, problem = self._verify(step, trust_marks=step != steps[-1])
             restored = None
             if problem is None:
                 restored, cause = self._try(step, abstract)
                 problem, is_everywhere = _problem_of_all(cause)
+                if not is_everywhere and is_consequence(cause):
+                    raise cause  # they died: the watchdog will say so
                 if problem is not None and is_sealed:
                     raise CheckpointError(
                         f"{self._folder / str(step)}: cannot be read ({problem}), although its files are as they were "
@@ -121,12 +126,13 @@ class Checkpointer:
                         "versions of the packages, and run the same command again"
                     ) from cause
                 if not is_everywhere:
-                    write_json(self._mark_path(step), problem)
+                    write_json(self._checksums / f"{step}.unreadable.{process_index()}", problem)
                     raise RuntimeError(f"{self._folder / str(step)}: cannot be read here ({problem}), and others wait "
                                        "for it; the next start sets it aside") from cause
             if problem is None:
                 for number, reason in damaged.items():
                     self._set_aside(number, reason)
+                from_lead(lambda step=step: self._remove_marks(step))
                 return restored
             damaged[step] = problem
         if damaged:
@@ -143,11 +149,13 @@ class Checkpointer:
             )
         return None
 
-    def _verify(self, step: int) -> tuple[bool, str | None]:
-        """Whether there are checksums, and what is wrong with the files."""
-        checksums, mark = from_lead(lambda: (_read_json(self._seal_path(step)), _read_json(self._mark_path(step))))
+    def _verify(self, step: int, trust_marks: bool) -> tuple[bool, str | None]:
+        """Whether there are checksums, and what is wrong with the files. Marks are not for the last hope."""
+        checksums, marks = from_lead(lambda: (_read_json(self._seal_path(step)), self._marks(step)))
+        if marks and trust_marks:
+            return checksums is not None, f"{_read_json(marks[0])}, says {marks[0].relative_to(self._root)}"
         found = None if checksums is None else _checksums_together(self._folder / str(step))
-        return checksums is not None, mark or _difference(checksums, found)
+        return checksums is not None, _difference(checksums, found)
 
     def _try(self, step: int, abstract: Callable[[dict], dict[str, Any]]) -> tuple[tuple | None, Exception | None]:
         """(what `restore` returns, None), or (None, why it cannot be read)."""
@@ -181,7 +189,7 @@ class Checkpointer:
             log.warning("checkpoint %s is damaged (%s): moved to %s, using the one before", damaged, problem, kept)
             damaged.rename(kept)
             self._seal_path(step).unlink(missing_ok=True)
-            self._mark_path(step).unlink(missing_ok=True)
+            self._remove_marks(step)
 
         from_lead(move)
         self._unsealed = [s for s in self._unsealed if s != step]  # the number may come again
@@ -192,9 +200,13 @@ class Checkpointer:
     def _seal_path(self, step: int) -> Path:
         return self._checksums / f"{step}.json"
 
-    def _mark_path(self, step: int) -> Path:
-        """What a process wrote that could not read a checkpoint while the others could."""
-        return self._checksums / f"{step}.unreadable"
+    def _marks(self, step: int) -> list[Path]:
+        """What processes wrote that could not read a checkpoint while the others could."""
+        return sorted(self._checksums.glob(f"{step}.unreadable.*"))
+
+    def _remove_marks(self, step: int) -> None:
+        for mark in self._marks(step):
+            mark.unlink(missing_ok=True)
 
     def seal_finished(self) -> None:
         """Write checksums of checkpoints that have been committed since; call it now and then, it does not block."""
@@ -208,13 +220,15 @@ class Checkpointer:
     def _seal(self, steps: list[int]) -> None:
         for step in steps:
             try:
-                write_json(self._seal_path(step), _checksums(self._folder / str(step)))
+                write_json(self._seal_path(step), _checksums(self._folder / str(step), self._leaving))
             except FileNotFoundError:  # dropped by the preservation policy meanwhile
                 continue
+            except _GivenUp:
+                return
             except (OSError, UserError) as error:
                 log.warning("no checksums for checkpoint %d: %s", step, error)
         for path in self._checksums.glob("*.*"):
-            if not (self._folder / path.stem).exists():
+            if not (self._folder / path.name.partition(".")[0]).exists():
                 path.unlink(missing_ok=True)
 
     def wait(self, seal: bool = True) -> None:
@@ -222,6 +236,7 @@ class Checkpointer:
         with disk_errors(self._folder), watchdog.phase("save"):
             self._manager.wait_until_finished()
         if not seal:
+            self._leaving.set()
             return
         if self._sealer:
             self._sealer.join()
@@ -334,9 +349,13 @@ def _difference(expected: dict[str, list[int]] | None, found: dict[str, list[int
     return f"{len(wrong)} files differ from their checksums, the first is {wrong[0]}" if wrong else None
 
 
-def _checksums(folder: Path) -> dict[str, list[int]]:
-    """{relative path: [bytes, CRC-32]} of every file below a folder."""
-    return _checksums_of(folder, _files(folder))
+class _GivenUp(Exception):
+    pass
+
+
+def _checksums(folder: Path, leaving: threading.Event | None = None) -> dict[str, list[int]]:
+    """{relative path: [bytes, CRC-32]} of every file below a folder. Raises _GivenUp soon after `leaving` is set."""
+    return _checksums_of(folder, _files(folder), leaving)
 
 
 def _checksums_together(folder: Path) -> dict[str, list[int]]:
@@ -349,11 +368,15 @@ def _files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def _checksums_of(folder: Path, names: Sequence[str]) -> dict[str, list[int]]:
+def _checksums_of(
+    folder: Path, names: Sequence[str], leaving: threading.Event | None = None
+) -> dict[str, list[int]]:
     def sums(name: str) -> list[int]:
         crc = size = 0
         with (folder / name).open("rb") as stream:
             while chunk := stream.read(1 << 22):
+                if leaving is not None and leaving.is_set():
+                    raise _GivenUp
                 crc, size = zlib.crc32(chunk, crc), size + len(chunk)
         return [size, crc]
 

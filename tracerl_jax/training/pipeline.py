@@ -35,13 +35,15 @@ log = logging.getLogger(__name__)
 PHASES = (watchdog.BETWEEN, "start", "export", *RL_PHASES, *SFT_PHASES)  # whose time `faults.phase_timeout` limits
 
 
-def limit_phases(config: RunConfig, stacks: Path | None) -> None:
-    """Configures the watchdog; `stacks`: folder. Raises ConfigError for a limit of a phase that there is not."""
+def limit_phases(config: RunConfig, stacks: Path | None, between: float | None = None) -> None:
+    """Configures the watchdog; `stacks`: folder; `between`: seconds between phases, if the config says nothing of them.
+    Raises ConfigError for a limit of a phase that there is not."""
     if unknown := [name for name in config.faults.phase_timeout if name not in PHASES]:
         known = ", ".join(dict.fromkeys(PHASES))
         raise ConfigError(f"faults.phase_timeout names {unknown[0]}, which is no phase; there are {known}")
     faults = config.faults
-    watchdog.configure(faults.heartbeat, faults.phase_seconds, faults.phase_timeout, stacks)
+    limits = ({} if between is None else {watchdog.BETWEEN: between}) | faults.phase_timeout
+    watchdog.configure(faults.heartbeat, faults.phase_seconds, limits, stacks)
 
 
 def train(config: RunConfig) -> dict[str, Any]:
