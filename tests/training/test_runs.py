@@ -67,7 +67,7 @@ def test_the_first_wait_for_other_processes_has_a_limit_of_time(tmp_path, monkey
 
 
 def test_a_limit_for_a_phase_that_there_is_not_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"names rolout, which is no phase; there are start, export, save"):
+    with pytest.raises(ConfigError, match=r"names rolout, which is no phase; there are between, start, export, save"):
         train(tiny(tmp_path, faults__phase_timeout={"start": 60.0, "rolout": 900.0}))
 
 
