@@ -66,7 +66,9 @@ def test_layouts_agree(tmp_path, one_process, processes, devices):
         np.testing.assert_allclose(exported[0].read(name), exported[1].read(name), atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("mesh", [{"fsdp": 4, "data": 1}, {"fsdp": 2, "tensor": 2, "data": 1}, {"tensor": 2}])
+@pytest.mark.parametrize("mesh", [
+    {"fsdp": 4, "data": 1}, {"fsdp": 2, "tensor": 2, "data": 1}, {"tensor": 2}, {"fsdp": 2, "expert": 2, "data": 1},
+])
 def test_meshes_over_processes_agree(tmp_path, one_process, mesh):
     """Parameters split over both processes; a copy for decoding is then split over the devices of one."""
     flags = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()] + ["--config.rollout.tensor=1"]
