@@ -130,7 +130,7 @@ PRESETS["mesh_run"] = PRESETS["sdar_tiny"].replace(
     width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=32
 )
 PRESETS["mesh_run_full"] = PRESETS["dream_demo"].replace(
-    width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=32, block_size=4
+    width=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=32, block_size=4
 )
 
 
