@@ -84,7 +84,7 @@ class Rollouts:
 
     def take(self, step: int, updates: int, timer: PhaseTimer) -> Experience:
         """Samples for this step; nothing has changed yet: may be interrupted. `updates`: that the policy has had."""
-        return self._make(step, updates, timer, self._decode)
+        return self._make(step, updates, timer, self.run.stop.check)
 
     def before_update(self, step: int, updates: int) -> None:
         self.engine.update_params(None)
@@ -103,17 +103,16 @@ class Rollouts:
     def close(self) -> None:
         pass
 
-    def _decode(self, requests: Sequence[Request]) -> list[Trace]:
-        self.run.stop.check()
+    def _decode(self, requests: Sequence[Request], check: Callable[[], None]) -> list[Trace]:
+        """`check` is called before and after each chunk of forwards and may raise."""
+        check()
         traces: dict[int, Trace] = {}
         for finished in completed(self.engine, requests):
             traces |= finished
-            self.run.stop.check()
+            check()
         return [traces[index] for index in range(len(requests))]
 
-    def _make(
-        self, step: int, updates: int, timer: PhaseTimer, decode: Callable[[Sequence[Request]], list[Trace]]
-    ) -> Experience:
+    def _make(self, step: int, updates: int, timer: PhaseTimer, check: Callable[[], None]) -> Experience:
         """Rounds until enough groups are kept; draws problems and records how well they were solved."""
         config = self.run.config
         chosen: list[int] = []
@@ -123,7 +122,7 @@ class Rollouts:
         while missing and rounds < config.rl.sampling_rounds:
             drawn = self.iterator.next(missing, avoid=chosen).tolist()
             requests = requests_of(self.run, drawn, step, before=chosen)
-            judged, seconds, done = self._sample(drawn, requests, timer, decode)
+            judged, seconds, done = self._sample(drawn, requests, timer, check)
             decoding, judging, work = decoding + seconds[0], judging + seconds[1], work + done
             samples += [dataclasses.replace(sample, group=sample.group + len(chosen)) for sample in judged]
             chosen += drawn
@@ -140,8 +139,7 @@ class Rollouts:
         return Experience(chosen, samples, updates, decoding, judging, work, sampling)
 
     def _sample(
-        self, drawn: list[int], requests: list[Request], timer: PhaseTimer,
-        decode: Callable[[Sequence[Request]], list[Trace]],
+        self, drawn: list[int], requests: list[Request], timer: PhaseTimer, check: Callable[[], None]
     ) -> tuple[list[Sample], tuple[float, float], Work]:
         """The judged samples of a round, the seconds that decoding and judging took, of the slowest process, and what
         this one decoded."""
@@ -152,7 +150,7 @@ class Rollouts:
         def work() -> tuple[list[Sample], tuple[float, float]]:
             start = time.perf_counter()
             with timer("rollout"):
-                traces = decode(peers.own_share(requests))
+                traces = self._decode(peers.own_share(requests), check)
             decoded = time.perf_counter()
             with timer("reward"):
                 samples = judge_traces(self.run, [problems[group] for group in groups], groups, traces)
@@ -188,7 +186,7 @@ class OneStepOff(Rollouts):
 
     def before_update(self, step: int, updates: int) -> None:
         # The thread alone draws problems until `after_update`. The phases of the step's timer are this thread's.
-        self._pending = self._thread.submit(self._make, step + 1, updates, PhaseTimer(), self._decode_beside)
+        self._pending = self._thread.submit(self._make, step + 1, updates, PhaseTimer(), self._go_on)
 
     def after_update(self, params: Any, timer: PhaseTimer) -> None:
         """Raises what the thread raised."""
@@ -214,14 +212,6 @@ class OneStepOff(Rollouts):
         """Waits for the thread, which stops at the end of its chunk of forwards."""
         self._cancelled.set()
         self._thread.shutdown(wait=True, cancel_futures=True)
-
-    def _decode_beside(self, requests: Sequence[Request]) -> list[Trace]:
-        numbers = [self.engine.submit(request) for request in requests]
-        finished: dict[int, Trace] = {}
-        while self.engine.busy:
-            self._go_on()
-            finished |= self.engine.step()
-        return [finished[number] for number in numbers]
 
     def _go_on(self) -> None:
         if self._cancelled.is_set():
