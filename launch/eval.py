@@ -92,7 +92,6 @@ def run(args: argparse.Namespace) -> int:
     from tracerl_jax.evals.items import Items, ResultsFolder, ShareOfItems
     from tracerl_jax.evals.manifest import make_manifest
     from tracerl_jax.evals.runner import eval_protocols, evaluate, samples_of
-    from tracerl_jax.folder_lock import LEASE_SECONDS
     from tracerl_jax.interop.tokenizer import decode
     from tracerl_jax.parallel import watchdog
     from tracerl_jax.parallel.distributed import is_job, is_lead, process_index
@@ -130,9 +129,7 @@ def run(args: argparse.Namespace) -> int:
         if args.output and is_lead():
             described = {name: (task, problems[name], samples[name]) for name, task in tasks.items()}
             manifest = make_manifest(args.model, dtype, described, strategies, _cache(rollout))
-            folder = stack.enter_context(ResultsFolder(
-                args.output, manifest, args.overwrite, LEASE_SECONDS if is_job() else 0.0
-            ))  # fmt: skip
+            folder = stack.enter_context(ResultsFolder(args.output, manifest, args.overwrite))
         with watchdog.phase("start"):
             load_weights(engine, args.model)
         for name, task in tasks.items():

@@ -17,20 +17,17 @@ _held: set[Path] = set()  # lock files of this process
 
 
 class FolderLock:
-    """Holds `folder`, which exists, until `release`. Raises UserError when another process holds it.
+    """Holds `folder`, which exists, until `release`. Raises UserError when another process holds it; in a job, when it
+    still does after `LEASE_SECONDS`.
 
     `what` and `remedy` are for the message: "WHAT FOLDER is in use by process 7: wait for it, stop it, or REMEDY".
-    `patience`: seconds to wait for it.
     """
 
-    def __init__(self, folder: str | os.PathLike, what: str, remedy: str, patience: float = 0.0):
+    def __init__(self, folder: str | os.PathLike, what: str, remedy: str):
         self._path = Path(folder) / LOCK
         # POSIX locks, unlike flock, are not inherited by forked workers: one that outlives a killed run blocks nothing.
         self._file = open(self._path, "a+")  # stays open as long as the lock is held
-        deadline = time.monotonic() + patience
-        while not (locked := _try_lock(self._file)) and time.monotonic() < deadline:
-            time.sleep(1.0)
-        if not locked:
+        if not _try_lock(self._file) and not _lock_in_time(self._file):
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
             self._file.close()
@@ -59,6 +56,18 @@ def is_locked(folder: str | os.PathLike) -> bool:
             return not _try_lock(file)
     except OSError:  # no lock file, or a folder that may only be read
         return False
+
+
+def _lock_in_time(file) -> bool:
+    """For a job, which may have lost the host that holds it."""
+    from tracerl_jax.parallel.distributed import is_job  # jax
+
+    deadline = time.monotonic() + LEASE_SECONDS
+    while is_job() and time.monotonic() < deadline:
+        time.sleep(1.0)
+        if _try_lock(file):
+            return True
+    return False
 
 
 def _try_lock(file) -> bool:

@@ -122,13 +122,11 @@ class ResultsFolder:
 
     `manifest` is {"tasks": {name: ..}, "strategies": {name: ..}, ..}. A folder that holds items was made with the same
     one, but for tasks and strategies that are new: they are added. Raises ConfigError naming what differs, UserError
-    when another process writes the folder for longer than `patience` seconds, DataError for a folder of something else.
+    when another process writes the folder, DataError for a folder of something else.
     `overwrite` forgets what is there.
     """
 
-    def __init__(
-        self, path: str | os.PathLike, manifest: Mapping[str, Any], overwrite: bool = False, patience: float = 0.0
-    ):
+    def __init__(self, path: str | os.PathLike, manifest: Mapping[str, Any], overwrite: bool = False):
         self.path = Path(path)
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -137,7 +135,7 @@ class ResultsFolder:
                 raise DataError(
                     f"{self.path} is no folder of results (it holds {min(strangers)}): choose an empty or a new one"
                 )
-            self._lock = FolderLock(self.path, "results folder", "choose another folder", patience)
+            self._lock = FolderLock(self.path, "results folder", "choose another folder")
         try:
             (self.path / ITEMS).mkdir(exist_ok=True)
             if overwrite:

@@ -5,8 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tracerl_jax.folder_lock import LEASE_SECONDS
-from tracerl_jax.parallel.distributed import is_job, is_lead
+from tracerl_jax.parallel.distributed import is_lead
 from tracerl_jax.report.run_dir import Row, RunDir
 
 
@@ -43,4 +42,4 @@ class Follower:
 
 
 def open_run_dir(path: str | os.PathLike) -> RunDir | Follower:
-    return RunDir(path, LEASE_SECONDS if is_job() else 0.0) if is_lead() else Follower(path)
+    return RunDir(path) if is_lead() else Follower(path)

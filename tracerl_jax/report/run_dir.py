@@ -45,17 +45,17 @@ CHANGEABLE = (
 class RunDir:
     """A run folder opened for writing by this process, created if needed.
 
-    Raises UserError when another process holds it for longer than `patience` seconds. Use as a context manager (or call
+    Raises UserError when another process holds it. Use as a context manager (or call
     `close`): once `write_config` has accepted the config, the status in summary.json is "running", in the end
     "finished", "interrupted" (KeyboardInterrupt) or "failed". Opening a folder with a config it refuses leaves the
     status alone.
     """
 
-    def __init__(self, path: str | os.PathLike, patience: float = 0.0):
+    def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = FolderLock(self.path, "run folder", "choose another run name", patience)
+            self._lock = FolderLock(self.path, "run folder", "choose another run name")
         for name in (METRICS, SAMPLES, HOSTS):
             with writing(self.path / name):
                 cut_torn_line(self.path / name)

@@ -111,7 +111,8 @@ def conversion(model: Model, own: bool = False) -> jax.stages.Wrapped:
         return jax.lax.with_sharding_constraint(layer, one)
 
     def convert(params: Params) -> Params:
-        converted = model.in_compute_dtype(params) | {"layers": jax.lax.map(place, params["layers"])}
+        others = {name: tree for name, tree in params.items() if name != "layers"}
+        converted = model.in_compute_dtype(others) | {"layers": jax.lax.map(place, params["layers"])}
         # jit gives back arguments that it returns as they are: hence the copy.
         return jax.tree.map(jnp.copy, converted) if own else converted
 
